@@ -1,0 +1,3 @@
+"""posthouse: a mail platform from one site file."""
+
+__version__ = "0.1.0"
