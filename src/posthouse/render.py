@@ -87,24 +87,25 @@ def node_variables(site: Site, node: Node) -> Variables:
 def generation(variables: Variables, tiers: list[str]) -> dict[str, Any]:
     """What these tiers make of a node: the desired generation that the converge module compares and applies.
 
-    Returns {"tiers", "packages": [name], "groups": {user: [group]}, "directories": {path: {mode, owner, group}},
-    "files": {path: {"content", "mode", "owner", "group", "tier"}}, "masked": [unit],
+    Returns {"tiers", "packages": [name], "groups": [{"user", "group", "tier"}], "directories": {path: {mode, owner, group}},
+    "files": {path: {"content", "mode", "owner", "group", "tier"}},
     "services": [{"unit", "tier", "owns", "check", "on_change", "restart_for", "ready"}]}. Raises RenderError.
     """
     desired: dict[str, Any] = {
         "tiers": tiers,
         "packages": roles.packages(tiers),
-        "groups": {},
+        "groups": [],
         "directories": {},
         "files": {},
-        "masked": [],
         "services": [],
     }
     for tier in tiers:
         manifest = roles.manifest(tier)
         each = manifest.get("each", {})
-        desired["groups"] |= manifest.get("groups", {})
-        desired["masked"] += manifest.get("masked", [])
+        for user, groups in manifest.get("groups", {}).items():
+            desired["groups"] += [{"user": user, "group": group, "tier": tier} for group in groups]
+        for unit in manifest.get("masked", []):
+            desired["files"][f"/etc/systemd/system/{_unit(unit)}"] = {"link": "/dev/null", "tier": tier}
         for path, access in manifest.get("directories", {}).items():
             for name, _ in _instances(path, each, variables):
                 desired["directories"][name] = _access(access)
@@ -190,7 +191,7 @@ def _service(tier: str, template: str, unit: str, service: dict[str, Any]) -> di
             found = [text.replace(placeholder, instance) for text in found]
         return found
 
-    unit = unit if "." in unit.rpartition("@")[2] and unit.rpartition(".")[2] in _SUFFIXES else f"{unit}.service"
+    unit = _unit(unit)
     own_files = [f"/etc/systemd/system/{unit}", f"/etc/systemd/system/{unit}.d"]
     if "@" in unit:
         own_files.append(f"/etc/systemd/system/{unit.partition('@')[0]}@.{unit.rpartition('.')[2]}")
@@ -205,4 +206,5 @@ def _service(tier: str, template: str, unit: str, service: dict[str, Any]) -> di
     }
 
 
-_SUFFIXES = {"service", "socket", "timer", "path", "mount", "target"}
+def _unit(name: str) -> str:
+    return name if name.endswith((".service", ".socket", ".timer", ".path", ".mount", ".target")) else f"{name}.service"

@@ -1,0 +1,273 @@
+"""The command line: one documented function per verb, over the functions that do the work."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from posthouse import __version__
+from posthouse.secrets import SecretsError
+from posthouse.sitefile import SiteError, load
+
+app = typer.Typer(
+    help="Stands up, verifies, expands, operates and rebuilds a mail platform from one site file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+lab_app = typer.Typer(help="Run a site on this machine, in network namespaces of its own.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure, as ratios in one run.", no_args_is_help=True)
+app.add_typer(lab_app, name="lab")
+app.add_typer(bench_app, name="bench")
+
+SiteName = Annotated[str, typer.Argument(metavar="SITE", help="A folder in inventory/.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, everything else on standard error.")]
+Check = Annotated[bool, typer.Option("--check", help="Say what would change; change nothing.")]
+Tier = Annotated[list[str] | None, typer.Option("--tier", help="Only this tier (repeatable).")]
+Limit = Annotated[str | None, typer.Option("--limit", metavar="NODES", help="Only these nodes: mail1,mail2 or mail*.")]
+
+# People read what a verb did on standard error's terminal too, so that --json leaves standard output to the machine.
+console = Console(soft_wrap=True)
+progress = Console(stderr=True, soft_wrap=True)
+
+
+def show(data: Any, as_json: bool, human: Any) -> None:
+    """Prints `data` as JSON, or what `human` makes of it."""
+    if as_json:
+        print(json.dumps(data, indent=2, default=str))
+    else:
+        console.print(human)
+
+
+def table(title: str, *columns: str, rows: list[list[Any]]) -> Table:
+    """A plain table."""
+    made = Table(*columns, title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    return made
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Common to all verbs."""
+    if version:
+        print(f"posthouse {__version__}")
+
+
+@app.command()
+def doctor(fix: Annotated[bool, typer.Option("--fix", help="Install what is missing.")] = False, as_json: Json = False) -> None:
+    """Check that this machine can be a controller, and can run the lab."""
+    from posthouse import doctor as module
+
+    checks = module.checks(fix)
+    show(
+        checks,
+        as_json,
+        table("controller", "check", "found", "to do", rows=[[c["check"], c["found"], c["fix"]] for c in checks]),
+    )
+    if any(not check["ok"] for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    site: SiteName,
+    domain: Annotated[str, typer.Option(help="The first mail domain.")],
+    cidr: Annotated[str, typer.Option(help="The network of the nodes.")] = "10.77.0.0/24",
+    in_lab: Annotated[bool, typer.Option("--lab", help="A site that runs in the lab on this machine.")] = False,
+) -> None:
+    """Write a new, commented site with fresh secrets."""
+    from posthouse import init as module
+
+    path = module.write(site, domain, cidr, in_lab)
+    console.print(f"wrote {path} and its secrets; read it, then: posthouse plan {site}")
+
+
+@app.command()
+def plan(site: SiteName = "lab", as_json: Json = False) -> None:
+    """Show what a site becomes: nodes, addresses, stores, open ports, and its load beside what it can do."""
+    from posthouse import plan as module
+
+    data = module.plan(load(site))
+    if as_json:
+        show(data, True, None)
+        return
+    console.print(table("nodes", "node", "class", "address", "tiers", rows=[[n["name"], n["class"], n["address"], " ".join(n["tiers"])] for n in data["nodes"]]))
+    console.print(table("\nstores", "store", "address", "primary", "replicas", "weight", rows=[[s["name"], s["address"], s["primary"], " ".join(s["replicas"]), s["weight"]] for s in data["stores"]]))
+    console.print(table("\nopen ports", "class", "port", "to", rows=[[p["class"], p["port"], p["from"]] for p in data["ports"]]))
+    console.print(table("\nload", "what", "needed at peak", "the nodes can do", "headroom", rows=[[x["what"], x["needed"], x["capacity"], x["headroom"]] for x in data["load"]]))
+
+
+@app.command()
+def render(
+    site: SiteName = "lab",
+    out: Annotated[Path, typer.Option(help="An empty or new folder.")] = Path("rendered"),
+    with_secrets: Annotated[bool, typer.Option("--with-secrets", help="Put secrets in, not placeholders.")] = False,
+) -> None:
+    """Write every file of every node, and the DNS zones, into a folder: for reading, and for CI to validate."""
+    from posthouse import plan as module
+
+    count = module.write_tree(load(site), out, with_secrets)
+    console.print(f"wrote {count} files below {out}")
+
+
+@app.command()
+def deploy(
+    site: SiteName = "lab",
+    check: Check = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Show the differences; secrets are masked.")] = False,
+    limit: Limit = None,
+    tier: Tier = None,
+    as_json: Json = False,
+) -> None:
+    """Bring every node to what the site says. Changes nothing on a node that is already there."""
+    from posthouse import run
+
+    arguments = [*(["--check"] if check else []), *(["--diff"] if diff else []), *(["--limit", limit] if limit else [])]
+    loaded = load(site)
+    with run.exclusive(loaded):
+        result = run.playbook(loaded, "deploy", *arguments, variables={"deploy_tiers": tier} if tier else None, quiet=as_json)
+    if as_json:
+        print(json.dumps({"nodes": result["nodes"]}, indent=2))
+    else:
+        nodes = result["nodes"].values()
+        progress.print(f"{len(nodes)} nodes: changed={sum(n['changed'] for n in nodes)}, failed={sum(not n['ok'] for n in nodes)}")
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(site: SiteName = "lab", tier: Tier = None, as_json: Json = False) -> None:
+    """Prove every tier of a running site, read-only."""
+    from posthouse import run
+
+    result = run.verify(load(site), tier, quiet=True)
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for item in result["checks"]:
+        rows.setdefault((item["tier"], item["check"]), {})[item["node"]] = {"passed": "ok", "failed": "FAILED"}.get(item["outcome"], item["outcome"])
+    nodes = sorted({node for row in rows.values() for node in row})
+    show(result, as_json, table("verify", "tier", "check", *nodes, rows=[[*key, *(row.get(n, "") for n in nodes)] for key, row in rows.items()]))
+    for item in result["checks"]:
+        if item["outcome"] == "failed" and not as_json:
+            console.print(f"\n{item['tier']}: {item['check']} on {item['node']}\n{item['message']}", markup=False)
+    if not as_json:
+        console.print(f"verify: {result['passed']} passed, {result['failed']} failed")
+    if result["failed"] or not result["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def drain(
+    node: Annotated[str, typer.Argument(help="The node.")],
+    site: Annotated[str, typer.Option(help="A folder in inventory/.")] = "lab",
+    undo: Annotated[bool, typer.Option("--undo", help="Put the node back into service.")] = False,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Take a node out of the balancers' pools: what it serves ends in its own time, nothing new comes."""
+    from posthouse import run
+
+    loaded = load(site)
+    if node not in loaded.nodes:
+        raise SystemExit(f"posthouse: {node}: no such node in {site}; its nodes are {', '.join(loaded.nodes)}")
+    variables = {"drain_node": node, "drain_state": "ready" if undo else "drain"}
+    with run.exclusive(loaded):
+        result = run.playbook(loaded, "drain", *(["--check"] if check else []), variables=variables, quiet=as_json)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@lab_app.command("up")
+def lab_up(site: SiteName = "lab") -> None:
+    """Build the images if needed and start all nodes of a site; what runs already stays."""
+    from posthouse import lab, secrets
+
+    loaded = load(site)
+    lab.ensure_requirements()
+    lab.up(loaded, secrets.ensure(loaded))
+    progress.print(f"{site} is up; next: posthouse deploy {site}")
+
+
+@lab_app.command("down")
+def lab_down(site: SiteName = "lab") -> None:
+    """Stop and remove everything of a lab, also of one that died half-way."""
+    from posthouse import lab
+
+    lab.down(site)
+
+
+@lab_app.command("status")
+def lab_status(site: SiteName = "lab", as_json: Json = False) -> None:
+    """Show the nodes of a lab."""
+    from posthouse import lab
+
+    nodes = lab.status(load(site))
+    show(nodes, as_json, table(f"lab {site}", "node", "address", "state", rows=[[n["name"], n["address"], n["state"]] for n in nodes]))
+
+
+@lab_app.command("shell")
+def lab_shell(node: Annotated[str, typer.Argument(help="The node.")], site: Annotated[str, typer.Option()] = "lab") -> None:
+    """Open a root shell on a node."""
+    from posthouse import lab
+
+    lab.shell(load(site), node)
+
+
+@lab_app.command("kill")
+def lab_kill(node: Annotated[str, typer.Argument(help="The node.")], site: Annotated[str, typer.Option()] = "lab") -> None:
+    """Cut the power of a node; `lab up` starts it again."""
+    from posthouse import lab
+
+    lab.kill(site, node)
+
+
+@app.command()
+def demo(site: SiteName = "lab", keep: Annotated[bool, typer.Option("--keep", help="Leave the cluster running.")] = False) -> None:
+    """Build a whole cluster on this machine and send mail through it; prints one line per check."""
+    from posthouse import demo as module
+
+    raise typer.Exit(module.demo(load(site), keep))
+
+
+@app.command()
+def test(
+    suites: Annotated[list[str] | None, typer.Argument(metavar="[SUITE]...", help="Folders under tests/; all by default.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Run long soaks in full.")] = False,
+) -> None:
+    """Run posthouse's own tests; does all its own set-up. The last line is the summary."""
+    from posthouse import selftest
+
+    raise typer.Exit(selftest.test(suites or [], full))
+
+
+@bench_app.command("converge")
+def bench_converge(site: SiteName = "lab", runs: Annotated[int, typer.Option(min=1)] = 3, as_json: Json = False) -> None:
+    """Converge with nothing to change, beside stock Ansible, Mitogen and pyinfra doing the same work."""
+    from posthouse import bench
+
+    result = bench.converge(load(site), runs)
+    show(result, as_json, table("converge, nothing to change", "engine", "seconds", "times slower", rows=[[name, result["seconds"][name], result["ratios"].get(name, 1)] for name in result["seconds"]]))
+
+
+def main() -> None:
+    """Entry point: errors are one sentence that names the place, the reason and the fix."""
+    from posthouse.run import Busy
+
+    started = time.monotonic()
+    try:
+        app()
+    except (SiteError, SecretsError, Busy) as error:
+        sys.exit(f"posthouse: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"posthouse: stopped after {time.monotonic() - started:.0f} s; running the same command again goes on")
+
+
