@@ -1,5 +1,5 @@
 # GNU General Public License v3.0+ (https://www.gnu.org/licenses/gpl-3.0.txt)
-"""One line per node as it finishes, the differences where they are asked for, and the whole as JSON for `deploy --json`."""
+"""One line per node as it finishes, the differences where asked for, and the whole as JSON for `deploy --json`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,16 @@ from typing import Any
 
 from ansible.plugins.callback import CallbackBase
 
-WORDS = {"packages": "installed", "write": "wrote", "remove": "removed", "start": "started", "stop": "stopped",
-         "restart": "restarted", "reload": "reloaded", "unhealthy": "unhealthy"}
+WORDS = {
+    "packages": "installed",
+    "write": "wrote",
+    "remove": "removed",
+    "start": "started",
+    "stop": "stopped",
+    "restart": "restarted",
+    "reload": "reloaded",
+    "unhealthy": "unhealthy",
+}
 
 
 class CallbackModule(CallbackBase):
@@ -57,7 +65,9 @@ class CallbackModule(CallbackBase):
         parts = [f"{word} {_list(steps[key])}" for key, word in WORDS.items() if steps.get(key)]
         seconds = f" ({data['seconds']} s)" if "seconds" in data else ""
         changed = data.get("changed", False)
-        self._note(result, "changed" if changed else "ok", "; ".join(parts) + seconds, "yellow" if changed else "green", True)
+        self._note(
+            result, "changed" if changed else "ok", "; ".join(parts) + seconds, "yellow" if changed else "green", True
+        )
 
     def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
         self._note(result, "failed", str(result.result.get("msg", "no reason given")), "red", False)

@@ -63,7 +63,11 @@ def read_file(path):
         status = os.lstat(path)
         if os.path.islink(path):
             return {"link": os.readlink(path)}
-        access = {"mode": f"{status.st_mode & 0o7777:04o}", "owner": _user(status.st_uid), "group": _group(status.st_gid)}
+        access = {
+            "mode": f"{status.st_mode & 0o7777:04o}",
+            "owner": _user(status.st_uid),
+            "group": _group(status.st_gid),
+        }
         if os.path.isdir(path):
             return access
         return {"content": Path(path).read_bytes().decode("utf-8", "surrogateescape"), **access}
@@ -100,7 +104,9 @@ def units(names):
     """systemd's view of units: {unit: {"ActiveState", "UnitFileState", "ConditionResult", …}}."""
     if not names:
         return {}
-    shown = run("systemctl", "show", "-p", "ActiveState,UnitFileState,ConditionResult,ConditionTimestampMonotonic", *names)
+    shown = run(
+        "systemctl", "show", "-p", "ActiveState,UnitFileState,ConditionResult,ConditionTimestampMonotonic", *names
+    )
     blocks = [dict(line.split("=", 1) for line in block.splitlines()) for block in shown.stdout.split("\n\n") if block]
     return dict(zip(names, blocks))
 
@@ -132,7 +138,9 @@ def compare(desired, check_health=True):
     plan = {
         "packages": [name for name in desired["packages"] if name not in have],
         "groups": [entry for entry in desired["groups"] if not _member(entry["user"], entry["group"])],
-        "directories": [path for path, want in desired["directories"].items() if _access(read_file(path)) != _access(want)],
+        "directories": [
+            path for path, want in desired["directories"].items() if _access(read_file(path)) != _access(want)
+        ],
         "write": {},
         "remove": {},
         "unhealthy": {},
@@ -164,8 +172,12 @@ def _member(user, group):
 def _plan_services(desired, current, plan, check_health):
     services = desired["services"]
     names = [service["unit"] for service in services]
-    masked = [path[len(SYSTEM_UNITS):] for path, want in desired["files"].items() if want.get("link") == "/dev/null"]
-    gone = [u for u, tier in current["services"].items() if u not in names and (desired["whole"] or tier in desired["tiers"])]
+    masked = [path[len(SYSTEM_UNITS) :] for path, want in desired["files"].items() if want.get("link") == "/dev/null"]
+    gone = [
+        u
+        for u, tier in current["services"].items()
+        if u not in names and (desired["whole"] or tier in desired["tiers"])
+    ]
     states = units([*names, *gone, *masked])
     plan["stop"] = [unit for unit in [*gone, *masked] if states[unit].get("ActiveState") in ("active", "activating")]
     plan["disable"] = [unit for unit in gone if states[unit].get("UnitFileState") == "enabled"]
@@ -193,7 +205,10 @@ def _plan_services(desired, current, plan, check_health):
 
 
 def _owned(path, owners):
-    return any(path == owner or path.startswith(f"{owner.rstrip('/')}/") or fnmatch.fnmatchcase(path, owner) for owner in owners)
+    return any(
+        path == owner or path.startswith(f"{owner.rstrip('/')}/") or fnmatch.fnmatchcase(path, owner)
+        for owner in owners
+    )
 
 
 def is_empty(plan):
@@ -222,7 +237,11 @@ def probe(check):
     try:
         if kind == "exec":
             done = run(*shlex.split(target), timeout=20)
-            return None if done.returncode == 0 else (done.stderr or done.stdout or f"exit status {done.returncode}").strip()[-300:]
+            return (
+                None
+                if done.returncode == 0
+                else (done.stderr or done.stdout or f"exit status {done.returncode}").strip()[-300:]
+            )
         kind, _, proxy = kind.partition("+")
         greeting, leave, tls = GREETINGS[kind]
         with _connect(kind, target) as sock:
@@ -399,7 +418,9 @@ def _validate(desired, plan):
             done = run(*shlex.split(command.replace("{stage}", str(TRANSACTION / "new"))))
             if done.returncode:
                 lines = (done.stdout + done.stderr).replace(str(TRANSACTION / "new"), "").strip().splitlines()
-                raise Failed(f"{service['unit']}: refused by its validator ({command}); nothing was replaced", lines[-20:])
+                raise Failed(
+                    f"{service['unit']}: refused by its validator ({command}); nothing was replaced", lines[-20:]
+                )
 
 
 def _put_beside(desired, plan):
@@ -451,9 +472,14 @@ def journal(unit):
 
 def _commit(desired):
     current = read_json(CURRENT, {"files": {}, "services": {}})
-    keep = {"files": {}, "services": {}} if desired["whole"] else {
-        kind: {name: tier for name, tier in current[kind].items() if tier not in desired["tiers"]} for kind in ("files", "services")
-    }
+    keep = (
+        {"files": {}, "services": {}}
+        if desired["whole"]
+        else {
+            kind: {name: tier for name, tier in current[kind].items() if tier not in desired["tiers"]}
+            for kind in ("files", "services")
+        }
+    )
     keep["files"] |= {path: want["tier"] for path, want in desired["files"].items()}
     keep["services"] |= {service["unit"]: service["tier"] for service in desired["services"]}
     place(CURRENT.with_suffix(".new"), {"content": json.dumps(keep), "mode": "0600", "owner": "root", "group": "root"})

@@ -53,8 +53,8 @@ import time
 import zlib
 from pathlib import Path
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils import generation
+from ansible.module_utils.basic import AnsibleModule
 
 PROGRAM = Path("/usr/lib/posthouse/generation.py")
 
@@ -94,16 +94,26 @@ def apply(module, desired):
     generation.place(mine, {"content": json.dumps(desired), "mode": "0600", "owner": "root", "group": "root"})
     python, program = "/usr/bin/python3", str(PROGRAM)
     started = generation.run(
-        "systemd-run", "--quiet", "--wait", "--collect", f"--unit=posthouse-converge-{os.getpid()}",
+        "systemd-run",
+        "--quiet",
+        "--wait",
+        "--collect",
+        f"--unit=posthouse-converge-{os.getpid()}",
         f"--property=ExecStopPost={python} {program} recover",
-        python, program, "apply", str(mine), timeout=3600,
+        python,
+        program,
+        "apply",
+        str(mine),
+        timeout=3600,
     )
     result = generation.read_json(mine.with_suffix(".result"), None)
     for path in (mine, mine.with_suffix(".result")):
         path.unlink(missing_ok=True)
     if result is None:
-        module.fail_json(msg="converge was killed on the node; the previous generation was put back; run it again "
-                             f"({started.stderr.strip()})")
+        module.fail_json(
+            msg="converge was killed on the node; the previous generation was put back; run it again "
+            f"({started.stderr.strip()})"
+        )
     if "failed" in result:
         module.fail_json(msg=result["failed"], lines=result["lines"])
     return result["plan"]

@@ -62,7 +62,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
-def doctor(fix: Annotated[bool, typer.Option("--fix", help="Install what is missing.")] = False, as_json: Json = False) -> None:
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Install what is missing.")] = False, as_json: Json = False
+) -> None:
     """Check that this machine can be a controller, and can run the lab."""
     from posthouse import doctor as module
 
@@ -99,10 +101,42 @@ def plan(site: SiteName = "lab", as_json: Json = False) -> None:
     if as_json:
         show(data, True, None)
         return
-    console.print(table("nodes", "node", "class", "address", "tiers", rows=[[n["name"], n["class"], n["address"], " ".join(n["tiers"])] for n in data["nodes"]]))
-    console.print(table("\nstores", "store", "address", "primary", "replicas", "weight", rows=[[s["name"], s["address"], s["primary"], " ".join(s["replicas"]), s["weight"]] for s in data["stores"]]))
-    console.print(table("\nopen ports", "class", "port", "to", rows=[[p["class"], p["port"], p["from"]] for p in data["ports"]]))
-    console.print(table("\nload", "what", "needed at peak", "the nodes can do", "headroom", rows=[[x["what"], x["needed"], x["capacity"], x["headroom"]] for x in data["load"]]))
+    console.print(
+        table(
+            "nodes",
+            "node",
+            "class",
+            "address",
+            "tiers",
+            rows=[[n["name"], n["class"], n["address"], " ".join(n["tiers"])] for n in data["nodes"]],
+        )
+    )
+    console.print(
+        table(
+            "\nstores",
+            "store",
+            "address",
+            "primary",
+            "replicas",
+            "weight",
+            rows=[
+                [s["name"], s["address"], s["primary"], " ".join(s["replicas"]), s["weight"]] for s in data["stores"]
+            ],
+        )
+    )
+    console.print(
+        table("\nopen ports", "class", "port", "to", rows=[[p["class"], p["port"], p["from"]] for p in data["ports"]])
+    )
+    console.print(
+        table(
+            "\nload",
+            "what",
+            "needed at peak",
+            "the nodes can do",
+            "headroom",
+            rows=[[x["what"], x["needed"], x["capacity"], x["headroom"]] for x in data["load"]],
+        )
+    )
 
 
 @app.command()
@@ -133,12 +167,16 @@ def deploy(
     arguments = [*(["--check"] if check else []), *(["--diff"] if diff else []), *(["--limit", limit] if limit else [])]
     loaded = load(site)
     with run.exclusive(loaded):
-        result = run.playbook(loaded, "deploy", *arguments, variables={"deploy_tiers": tier} if tier else None, quiet=as_json)
+        result = run.playbook(
+            loaded, "deploy", *arguments, variables={"deploy_tiers": tier} if tier else None, quiet=as_json
+        )
     if as_json:
         print(json.dumps({"nodes": result["nodes"]}, indent=2))
     else:
         nodes = result["nodes"].values()
-        progress.print(f"{len(nodes)} nodes: changed={sum(n['changed'] for n in nodes)}, failed={sum(not n['ok'] for n in nodes)}")
+        progress.print(
+            f"{len(nodes)} nodes: changed={sum(n['changed'] for n in nodes)}, failed={sum(not n['ok'] for n in nodes)}"
+        )
     if not result["ok"]:
         raise typer.Exit(1)
 
@@ -151,9 +189,21 @@ def verify(site: SiteName = "lab", tier: Tier = None, as_json: Json = False) -> 
     result = run.verify(load(site), tier, quiet=True)
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for item in result["checks"]:
-        rows.setdefault((item["tier"], item["check"]), {})[item["node"]] = {"passed": "ok", "failed": "FAILED"}.get(item["outcome"], item["outcome"])
+        rows.setdefault((item["tier"], item["check"]), {})[item["node"]] = {"passed": "ok", "failed": "FAILED"}.get(
+            item["outcome"], item["outcome"]
+        )
     nodes = sorted({node for row in rows.values() for node in row})
-    show(result, as_json, table("verify", "tier", "check", *nodes, rows=[[*key, *(row.get(n, "") for n in nodes)] for key, row in rows.items()]))
+    show(
+        result,
+        as_json,
+        table(
+            "verify",
+            "tier",
+            "check",
+            *nodes,
+            rows=[[*key, *(row.get(n, "") for n in nodes)] for key, row in rows.items()],
+        ),
+    )
     for item in result["checks"]:
         if item["outcome"] == "failed" and not as_json:
             console.print(f"\n{item['tier']}: {item['check']} on {item['node']}\n{item['message']}", markup=False)
@@ -211,11 +261,17 @@ def lab_status(site: SiteName = "lab", as_json: Json = False) -> None:
     from posthouse import lab
 
     nodes = lab.status(load(site))
-    show(nodes, as_json, table(f"lab {site}", "node", "address", "state", rows=[[n["name"], n["address"], n["state"]] for n in nodes]))
+    show(
+        nodes,
+        as_json,
+        table(f"lab {site}", "node", "address", "state", rows=[[n["name"], n["address"], n["state"]] for n in nodes]),
+    )
 
 
 @lab_app.command("shell")
-def lab_shell(node: Annotated[str, typer.Argument(help="The node.")], site: Annotated[str, typer.Option()] = "lab") -> None:
+def lab_shell(
+    node: Annotated[str, typer.Argument(help="The node.")], site: Annotated[str, typer.Option()] = "lab"
+) -> None:
     """Open a root shell on a node."""
     from posthouse import lab
 
@@ -223,7 +279,9 @@ def lab_shell(node: Annotated[str, typer.Argument(help="The node.")], site: Anno
 
 
 @lab_app.command("kill")
-def lab_kill(node: Annotated[str, typer.Argument(help="The node.")], site: Annotated[str, typer.Option()] = "lab") -> None:
+def lab_kill(
+    node: Annotated[str, typer.Argument(help="The node.")], site: Annotated[str, typer.Option()] = "lab"
+) -> None:
     """Cut the power of a node; `lab up` starts it again."""
     from posthouse import lab
 
@@ -231,7 +289,9 @@ def lab_kill(node: Annotated[str, typer.Argument(help="The node.")], site: Annot
 
 
 @app.command()
-def demo(site: SiteName = "lab", keep: Annotated[bool, typer.Option("--keep", help="Leave the cluster running.")] = False) -> None:
+def demo(
+    site: SiteName = "lab", keep: Annotated[bool, typer.Option("--keep", help="Leave the cluster running.")] = False
+) -> None:
     """Build a whole cluster on this machine and send mail through it; prints one line per check."""
     from posthouse import demo as module
 
@@ -240,7 +300,9 @@ def demo(site: SiteName = "lab", keep: Annotated[bool, typer.Option("--keep", he
 
 @app.command()
 def test(
-    suites: Annotated[list[str] | None, typer.Argument(metavar="[SUITE]...", help="Folders under tests/; all by default.")] = None,
+    suites: Annotated[
+        list[str] | None, typer.Argument(metavar="[SUITE]...", help="Folders under tests/; all by default.")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Run long soaks in full.")] = False,
 ) -> None:
     """Run posthouse's own tests; does all its own set-up. The last line is the summary."""
@@ -250,12 +312,24 @@ def test(
 
 
 @bench_app.command("converge")
-def bench_converge(site: SiteName = "lab", runs: Annotated[int, typer.Option(min=1)] = 3, as_json: Json = False) -> None:
+def bench_converge(
+    site: SiteName = "lab", runs: Annotated[int, typer.Option(min=1)] = 3, as_json: Json = False
+) -> None:
     """Converge with nothing to change, beside stock Ansible, Mitogen and pyinfra doing the same work."""
     from posthouse import bench
 
     result = bench.converge(load(site), runs)
-    show(result, as_json, table("converge, nothing to change", "engine", "seconds", "times slower", rows=[[name, result["seconds"][name], result["ratios"].get(name, 1)] for name in result["seconds"]]))
+    show(
+        result,
+        as_json,
+        table(
+            "converge, nothing to change",
+            "engine",
+            "seconds",
+            "times slower",
+            rows=[[name, result["seconds"][name], result["ratios"].get(name, 1)] for name in result["seconds"]],
+        ),
+    )
 
 
 def main() -> None:
@@ -269,5 +343,3 @@ def main() -> None:
         sys.exit(f"posthouse: {error}")
     except KeyboardInterrupt:
         sys.exit(f"posthouse: stopped after {time.monotonic() - started:.0f} s; running the same command again goes on")
-
-

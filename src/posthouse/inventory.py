@@ -20,7 +20,9 @@ RUNTIME = Path("/run/posthouse")
 def inventory(site: Site) -> dict[str, Any]:
     """What `ansible-inventory --list` wants of a dynamic inventory, without any secret."""
     groups = {name: {"hosts": [node.name for node in nodes]} for name, nodes in site.groups.items() if nodes}
-    hostvars = {node.name: {"ansible_host": node.address} | render.node_variables(site, node) for node in site.nodes.values()}
+    hostvars = {
+        node.name: {"ansible_host": node.address} | render.node_variables(site, node) for node in site.nodes.values()
+    }
     shared = render.shared_variables(site) | {
         "ansible_user": "root",
         "ansible_python_interpreter": "/usr/bin/python3",

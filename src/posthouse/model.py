@@ -61,7 +61,9 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,30}$")]
 class Strict(BaseModel):
     """Unknown keys are refused everywhere; a typo must never silently change nothing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, ignored_types=(cached_property,))
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, ignored_types=(cached_property,)
+    )
 
 
 class Network(Strict):
@@ -223,8 +225,12 @@ class Site(Strict):
     @cached_property
     def nodes(self) -> dict[str, Node]:
         """All nodes by name, in the order of the site file."""
-        taken = {str(entry.address + i) for key, entry in self.node_entries.items() if entry.address
-                 for i in range(len(expand(key)))}
+        taken = {
+            str(entry.address + i)
+            for key, entry in self.node_entries.items()
+            if entry.address
+            for i in range(len(expand(key)))
+        }
         free = (str(address) for address in self.network.nodes if str(address) not in taken)
         nodes = {}
         for key, entry in self.node_entries.items():
@@ -289,7 +295,9 @@ class Site(Strict):
         rules = []
         for tier in node.tiers:
             for port in roles.manifest(tier).get("ports", []):
-                rules.append({k: str(v) for k, v in port.items() if k != "from"} | {"sources": self.sources(port["from"])})
+                rules.append(
+                    {k: str(v) for k, v in port.items() if k != "from"} | {"sources": self.sources(port["from"])}
+                )
         return rules
 
     def problems(self) -> Iterator[Problem]:
@@ -304,8 +312,11 @@ class Site(Strict):
         for name, addresses in ranges.items():
             if addresses not in net.cidr:
                 yield ("network", name), f"{addresses} is not inside {net.cidr}; choose addresses of that network"
-        if set(net.nodes.cidrs()) and IPAddress(net.nodes.first) <= IPAddress(net.stores.last) and \
-                IPAddress(net.stores.first) <= IPAddress(net.nodes.last):
+        if (
+            set(net.nodes.cidrs())
+            and IPAddress(net.nodes.first) <= IPAddress(net.stores.last)
+            and IPAddress(net.stores.first) <= IPAddress(net.nodes.last)
+        ):
             yield ("network", "stores"), f"{net.stores} overlaps nodes ({net.nodes}); give each a range of its own"
         singles = {("network", "controller"): net.controller} | {("vips", k): v for k, v in self.vips.items()}
         for place, address in singles.items():
@@ -341,10 +352,10 @@ class Site(Strict):
             elif node.address in addresses:
                 yield place, f"{node.name}: {node.address} is {addresses[node.address]}'s already; choose a free one"
             addresses[node.address] = node.name
-        for klass, entry in self.classes.items():
-            for tier in entry.tiers:
+        for klass, definition in self.classes.items():
+            for tier in definition.tiers:
                 needed, why = roles.NEEDS.get(tier, ("", ""))
-                if needed and needed not in entry.tiers:
+                if needed and needed not in definition.tiers:
                     yield ("classes", klass, "tiers"), f"{tier} needs {needed} on the same node ({why}); add {needed}"
         for tier in ("directory", "store", "mx", "lb", "access"):
             if not self.groups[tier]:
@@ -359,9 +370,12 @@ class Site(Strict):
     def _store_problems(self) -> Iterator[Problem]:
         for name, entry in self.store_entries.items():
             if int(name[1:]) < 1 or int(name[1:]) > self.network.stores.size:
-                yield ("stores", name), (
-                    f"network.stores ({self.network.stores}) holds {self.network.stores.size} stores, s01 to "
-                    f"s{self.network.stores.size:02d}; widen it or choose a lower number"
+                yield (
+                    ("stores", name),
+                    (
+                        f"network.stores ({self.network.stores}) holds {self.network.stores.size} stores, s01 to "
+                        f"s{self.network.stores.size:02d}; widen it or choose a lower number"
+                    ),
                 )
             for role, member in [("primary", entry.primary), *(("replicas", replica) for replica in entry.replicas)]:
                 if member not in self.nodes:
@@ -369,8 +383,9 @@ class Site(Strict):
                 elif "store" not in self.nodes[member].tiers:
                     yield ("stores", name, role), f"{member} does not carry the tier store; choose a node that does"
             if entry.primary in entry.replicas:
-                yield ("stores", name, "replicas"), (
-                    f"{entry.primary} is the store's primary; a replica there dies with it: choose another node"
+                yield (
+                    ("stores", name, "replicas"),
+                    (f"{entry.primary} is the store's primary; a replica there dies with it: choose another node"),
                 )
             if len(set(entry.replicas)) < len(entry.replicas):
                 yield ("stores", name, "replicas"), "a node is listed twice; list each once"

@@ -105,17 +105,17 @@ def generation(variables: Variables, tiers: list[str]) -> dict[str, Any]:
         for user, groups in manifest.get("groups", {}).items():
             desired["groups"] += [{"user": user, "group": group, "tier": tier} for group in groups]
         for unit in manifest.get("masked", []):
-            desired["files"][f"/etc/systemd/system/{_unit(unit)}"] = {"link": "/dev/null", "tier": tier}
-        for path, access in manifest.get("directories", {}).items():
-            for name, _ in _instances(path, each, variables):
-                desired["directories"][name] = _access(access)
+            desired["files"][f"/etc/systemd/system/{unit_name(unit)}"] = {"link": "/dev/null", "tier": tier}
+        for path, text in manifest.get("directories", {}).items():
+            for name, _ in instances(path, each, variables):
+                desired["directories"][name] = access(text)
         for path, source in sources(tier).items():
-            for name, extra in _instances(path, each, variables):
+            for name, extra in instances(path, each, variables):
                 content = _content(tier, source, variables | extra)
                 if content.strip():
-                    desired["files"][name] = {"content": content, "tier": tier, **_access(_mode(manifest, path))}
+                    desired["files"][name] = {"content": content, "tier": tier, **access(mode(manifest, path))}
         for unit, service in manifest.get("services", {}).items():
-            for name, _ in _instances(unit, each, variables):
+            for name, _ in instances(unit, each, variables):
                 desired["services"].append(_service(tier, unit, name, service or {}))
     return desired
 
@@ -124,7 +124,9 @@ def generation(variables: Variables, tiers: list[str]) -> dict[str, Any]:
 def sources(tier: str) -> dict[str, Path]:
     """The files below a role's templates/, by the path where they land on a node (which may contain {each} names)."""
     folder = roles.ROLES / tier / "templates"
-    return {f"/{path.relative_to(folder)}".removesuffix(".j2"): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        f"/{path.relative_to(folder)}".removesuffix(".j2"): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def _node(node: Node) -> Variables:
@@ -136,7 +138,7 @@ def _store(store: Store) -> Variables:
     return store.model_dump(mode="json")
 
 
-def _instances(text: str, each: dict[str, str], variables: Variables) -> list[tuple[str, Variables]]:
+def instances(text: str, each: dict[str, str], variables: Variables) -> list[tuple[str, Variables]]:
     """`text` itself, or once per item where it names one of the manifest's `each`: [(text, item variables)]."""
     for name, items in each.items():
         if f"{{{name}}}" in text:
@@ -152,7 +154,9 @@ def _content(tier: str, source: Path, variables: Variables) -> str:
     except jinja2.TemplateSyntaxError as error:
         raise RenderError(f"{source.relative_to(roles.ROOT)}:{error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
-        raise RenderError(f"{source.relative_to(roles.ROOT)}: {error.message}; is the variable declared for this tier?") from None
+        raise RenderError(
+            f"{source.relative_to(roles.ROOT)}: {error.message}; is the variable declared for this tier?"
+        ) from None
 
 
 @cache
@@ -166,11 +170,11 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _mode(manifest: dict[str, Any], path: str) -> str:
+def mode(manifest: dict[str, Any], path: str) -> str:
     return next((a for pattern, a in manifest.get("modes", {}).items() if fnmatchcase(path, pattern)), "0644 root:root")
 
 
-def _access(text: str) -> dict[str, str]:
+def access(text: str) -> dict[str, str]:
     mode, _, names = text.partition(" ")
     owner, _, group = names.partition(":")
     return {"mode": mode, "owner": owner or "root", "group": group or owner or "root"}
@@ -191,7 +195,7 @@ def _service(tier: str, template: str, unit: str, service: dict[str, Any]) -> di
             found = [text.replace(placeholder, instance) for text in found]
         return found
 
-    unit = _unit(unit)
+    unit = unit_name(unit)
     own_files = [f"/etc/systemd/system/{unit}", f"/etc/systemd/system/{unit}.d"]
     if "@" in unit:
         own_files.append(f"/etc/systemd/system/{unit.partition('@')[0]}@.{unit.rpartition('.')[2]}")
@@ -206,5 +210,5 @@ def _service(tier: str, template: str, unit: str, service: dict[str, Any]) -> di
     }
 
 
-def _unit(name: str) -> str:
+def unit_name(name: str) -> str:
     return name if name.endswith((".service", ".socket", ".timer", ".path", ".mount", ".target")) else f"{name}.service"

@@ -37,7 +37,9 @@ def manifest(tier: str) -> dict[str, Any]:
 @cache
 def settings(tier: str) -> dict[str, dict[str, Any]]:
     """The role's settings as its argument_specs declares them: {setting without the tier's prefix: spec}."""
-    options = _yaml(ROLES / tier / "meta" / "argument_specs.yml").get("argument_specs", {}).get("main", {}).get("options")
+    options = (
+        _yaml(ROLES / tier / "meta" / "argument_specs.yml").get("argument_specs", {}).get("main", {}).get("options")
+    )
     return {name.removeprefix(f"{tier}_"): spec for name, spec in (options or {}).items()}
 
 

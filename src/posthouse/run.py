@@ -46,7 +46,9 @@ def exclusive(site: Site) -> Iterator[None]:
             file.seek(0)
             raise Busy(f"{site.name}: locked by {file.read()}; wait for it to end, then run this again") from None
         file.truncate(0)
-        file.write(f"{getpass.getuser()} (pid {os.getpid()}, {' '.join(sys.argv[1:])}, since {time.strftime('%H:%M:%S')})")
+        file.write(
+            f"{getpass.getuser()} (pid {os.getpid()}, {' '.join(sys.argv[1:])}, since {time.strftime('%H:%M:%S')})"
+        )
         file.flush()
         yield
 
@@ -62,14 +64,16 @@ def environment(site: Site) -> dict[str, str]:
     }
 
 
-def playbook(site: Site, name: str, *arguments: str, variables: dict[str, Any] | None = None, quiet: bool = False) -> dict[str, Any]:
+def playbook(
+    site: Site, name: str, *arguments: str, variables: dict[str, Any] | None = None, quiet: bool = False
+) -> dict[str, Any]:
     """Runs `playbooks/NAME.yml` on the site. Returns {"ok": bool, "nodes": {name: {"ok", "changed", "restarted", "seconds"}}}.
 
     With `quiet`, what Ansible prints goes to standard error, so that standard output can carry JSON.
     """
     reach(site)
     with tempfile.NamedTemporaryFile(prefix="posthouse-report-") as report:
-        command = [BIN / "ansible-playbook", roles.ROOT / "playbooks" / f"{name}.yml", *arguments]
+        command: list[str | Path] = [BIN / "ansible-playbook", roles.ROOT / "playbooks" / f"{name}.yml", *arguments]
         if variables:
             command += ["--extra-vars", json.dumps(variables)]
         done = subprocess.run(
@@ -83,11 +87,15 @@ def playbook(site: Site, name: str, *arguments: str, variables: dict[str, Any] |
     return {"ok": done.returncode == 0, **(json.loads(text) if text else {"nodes": {}})}
 
 
-def pytest(*arguments: str | Path, env: dict[str, str] | None = None, quiet: bool = False) -> tuple[int, list[dict[str, Any]]]:
+def pytest(
+    *arguments: str | Path, env: dict[str, str] | None = None, quiet: bool = False
+) -> tuple[int, list[dict[str, Any]]]:
     """Runs pytest. Returns (exit status, [{"name", "where", "outcome": passed|failed|skipped, "seconds", "message"}])."""
     with tempfile.NamedTemporaryFile(prefix="posthouse-junit-", suffix=".xml") as report:
         command = [BIN / "pytest", f"--junitxml={report.name}", *arguments]
-        done = subprocess.run(command, env=env, cwd=roles.ROOT, stdout=subprocess.DEVNULL if quiet else None, check=False)
+        done = subprocess.run(
+            command, env=env, cwd=roles.ROOT, stdout=subprocess.DEVNULL if quiet else None, check=False
+        )
         text = Path(report.name).read_text()
     return done.returncode, list(_cases(text)) if text else []
 
@@ -108,7 +116,19 @@ def _cases(junit: str) -> Iterator[dict[str, Any]]:
 def verify(site: Site, tiers: list[str] | None = None, quiet: bool = False) -> dict[str, Any]:
     """Runs the read-only verify suite. Returns {"passed": n, "failed": n, "checks": [{"tier", "check", "node", "outcome", …}]}."""
     reach(site)
-    arguments = ["tests/verify", "--site", site.name, "-n", "6", "--dist", "loadgroup", "-q", "--no-header", "-p", "no:cacheprovider"]
+    arguments = [
+        "tests/verify",
+        "--site",
+        site.name,
+        "-n",
+        "6",
+        "--dist",
+        "loadgroup",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+    ]
     for tier in tiers or []:
         arguments += ["--tier", tier]
     _, cases = pytest(*arguments, env=environment(site), quiet=quiet)
@@ -116,7 +136,14 @@ def verify(site: Site, tiers: list[str] | None = None, quiet: bool = False) -> d
     for case in cases:
         name, _, node = case["name"].rstrip("]").partition("[")
         tier = str(case["where"]).rpartition("test_")[2]
-        checks.append({"tier": tier, "check": name.removeprefix("test_"), "node": node, **{k: case[k] for k in ("outcome", "seconds", "message")}})
+        checks.append(
+            {
+                "tier": tier,
+                "check": name.removeprefix("test_"),
+                "node": node,
+                **{k: case[k] for k in ("outcome", "seconds", "message")},
+            }
+        )
     return {
         "passed": sum(check["outcome"] == "passed" for check in checks),
         "failed": sum(check["outcome"] == "failed" for check in checks),

@@ -91,14 +91,18 @@ def load(site: Site) -> Secrets:
         text = path.read_bytes()
         vault = _vault(password_file)
     except OSError as error:
-        raise SecretsError(f"{error.filename}: {error.strerror}; make the secrets with: posthouse init {site.name}, "
-                           "or put the file back from a backup") from None
+        raise SecretsError(
+            f"{error.filename}: {error.strerror}; make the secrets with: posthouse init {site.name}, "
+            "or put the file back from a backup"
+        ) from None
     try:
         data = yaml.safe_load(vault.decrypt(text))
         assert set(data) == {"passwords", "ca", "nodes", "ssh", "dkim"}
     except (AnsibleError, yaml.YAMLError, AssertionError, TypeError, ValueError):
-        raise SecretsError(f"{path}: cannot be decrypted with the password in {password_file}: the file is cut short or "
-                           "changed, or the password is another one; put both back from a backup") from None
+        raise SecretsError(
+            f"{path}: cannot be decrypted with the password in {password_file}: the file is cut short or "
+            "changed, or the password is another one; put both back from a backup"
+        ) from None
     return Secrets(data)
 
 
@@ -231,7 +235,5 @@ def _ssh_key(comment: str) -> dict[str, str]:
 
 def _dkim_record(pem: str) -> str:
     key = serialization.load_pem_private_key(pem.encode(), None)
-    public = key.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    public = key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return f"v=DKIM1; k=rsa; p={base64.b64encode(public).decode()}"

@@ -36,7 +36,9 @@ def load(name: str) -> Site:
         text = path.read_text()
     except OSError:
         known = sorted(p.parent.name for p in INVENTORY.glob("*/site.yml"))
-        raise SiteError(path, [f"no such site; the sites are {', '.join(known)}; make one with: posthouse init {name}"]) from None
+        raise SiteError(
+            path, [f"no such site; the sites are {', '.join(known)}; make one with: posthouse init {name}"]
+        ) from None
     return parse(text, path)
 
 

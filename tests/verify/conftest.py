@@ -17,7 +17,9 @@ from posthouse import render, roles, run, secrets, sitefile
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--site", default="lab", help="a folder in inventory/")
-    parser.addoption("--tier", action="append", default=[], choices=roles.TIERS, help="check only this tier (repeatable)")
+    parser.addoption(
+        "--tier", action="append", default=[], choices=roles.TIERS, help="check only this tier (repeatable)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
