@@ -1,0 +1,197 @@
+"""Images: one Debian tree per class, made from the packages that the class's manifests name.
+
+A tree is cached under `IMAGES/CLASS-DIGEST`; the digest covers everything that goes in, so an image is never rebuilt
+for a change that does not concern it. Nothing in an image belongs to one node: no host keys, no machine-id, no names.
+Its daemons are installed and not enabled; a node's converge starts them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from posthouse import roles
+from posthouse.model import Site
+
+SUITE = "trixie"
+IMAGES = Path("/var/cache/posthouse/images")
+DEBS = Path("/var/cache/posthouse/debs")
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+# What a node needs before its roles come: systemd as PID 1, ssh and Python for Ansible, and tools for whoever looks inside.
+BASE = ("ca-certificates", "curl", "dbus", "iproute2", "iputils-ping", "less", "openssh-server", "procps",
+        "python3", "systemd", "systemd-sysv", "udev", "vim-tiny")
+
+# Enabled from the first boot; `disable *` keeps everything else down until the node's converge enables it.
+PRESET = """\
+enable ssh.service
+enable getty@.service
+disable *
+"""
+
+# Manuals and translations are for a workstation; without them the tree is smaller and unpacks faster.
+DPKG_OPTIONS = ("force-unsafe-io", "path-exclude=/usr/share/man/*", "path-exclude=/usr/share/info/*",
+                "path-exclude=/usr/share/locale/*", "path-exclude=/usr/share/lintian/*")
+
+
+class ImageError(Exception):
+    """An image that could not be built: where, what, and what to do."""
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """Where packages come from: lines of a sources.list, and apt's options to go with them."""
+
+    sources: tuple[str, ...]
+    options: tuple[str, ...]
+
+
+def packages(site: Site, class_name: str) -> list[str]:
+    """Every package of an image: the base and what the tiers of the class name, sorted."""
+    tiers = next((node.tiers for node in site.nodes.values() if node.klass == class_name), ())
+    return sorted({*BASE, *roles.packages(tiers)})
+
+
+def path(site: Site, class_name: str) -> Path:
+    """Where the image of a class is, or will be once it is built."""
+    recipe = [SUITE, packages(site, class_name), PRESET, DPKG_OPTIONS, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
+    return IMAGES / f"{class_name}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
+
+
+def build_all(site: Site) -> dict[str, Path]:
+    """Builds the images of all classes that have nodes, side by side: {class: tree}."""
+    classes = list(dict.fromkeys(node.klass for node in site.nodes.values()))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(classes, pool.map(lambda name: build(site, name), classes), strict=True))
+
+
+def build(site: Site, class_name: str) -> Path:
+    """The tree of a class, built if it is not there yet. Raises ImageError.
+
+    Builds of one image wait for each other. A build that dies, or whose caller is killed, leaves only a `.partial` tree,
+    which the next one removes.
+    """
+    tree = path(site, class_name)
+    if tree.exists():
+        return tree
+    for folder in (IMAGES, DEBS):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _locked(tree.with_name(tree.name + ".lock")):
+        if tree.exists():
+            return tree
+        partial = tree.with_name(tree.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        _bootstrap(partial, packages(site, class_name), tree.with_name(tree.name + ".log"))
+        _strip(partial)
+        partial.rename(tree)
+    _prune(tree, class_name)
+    return tree
+
+
+def mirror() -> Mirror:
+    """The Debian mirror of this machine, for the image's suite. Raises ImageError if apt knows none.
+
+    `-updates` and `-security` are left out where the mirror does not carry them.
+    """
+    codename = _os_release()["VERSION_CODENAME"]
+    asked = subprocess.run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Identifier: Packages"],
+                           capture_output=True, text=True, check=False)
+    found = [line.split() for line in asked.stdout.splitlines()]
+    by_release = {release: _plain_uri(uri) for uri, release, component in reversed(found) if component == "main"}
+    main = next((by_release[name] for name in (codename, SUITE, "stable", "oldstable") if name in by_release), None)
+    if not main:
+        raise ImageError("apt: its sources name no Debian suite with the component main; add one to /etc/apt/sources.list.d")
+    security = next((uri for release, uri in by_release.items() if release.endswith("-security")), None)
+    wanted = [(main, SUITE), (main, f"{SUITE}-updates"), *([(security, f"{SUITE}-security")] if security else [])]
+    sources = [f"deb [signed-by={KEYRING}] {uri} {suite} main" for uri, suite in wanted if suite == SUITE or _reachable(uri, suite)]
+    dump = subprocess.run(["apt-config", "dump", "--no-empty"], capture_output=True, text=True, check=True).stdout
+    # How to reach the mirror, and how old its index may be, are as true for the image as for this machine.
+    kept = ("Acquire::Check-Valid-Until ", "Acquire::Check-Date ", "Acquire::http::", "Acquire::https::")
+    return Mirror(tuple(sources), tuple(line for line in dump.splitlines() if line.startswith(kept)))
+
+
+def _bootstrap(tree: Path, names: list[str], log: Path) -> None:
+    source = mirror()
+    # The build must not outlive its caller, or a second one would find a tree that still changes: `setpriv` kills it with
+    # its parent, and the pid namespace takes every maintainer script along.
+    command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child=KILL",
+               "mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", "--skip=essential/unlink",
+               f"--include={','.join(names)}", '--aptopt=Acquire::Languages "none"',
+               *(f"--aptopt={option.rstrip(';')}" for option in source.options),
+               *(f"--dpkgopt={option}" for option in DPKG_OPTIONS),
+               # Downloads are shared by hard links: apt checks their digests, and fetches only what is not there.
+               f'--setup-hook=mkdir -p "$1/var/cache/apt/archives" && find {DEBS} -name "*.deb" '
+               '-exec cp -l --target-directory="$1/var/cache/apt/archives" {} +',
+               f'--customize-hook=find "$1/var/cache/apt/archives" -name "*.deb" -exec cp -lf --target-directory={DEBS} {{}} +',
+               SUITE, str(tree), "-"]
+    with log.open("w") as out:
+        done = subprocess.run(command, input="".join(f"{line}\n" for line in source.sources), text=True, stdout=out, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        errors = [line for line in log.read_text().splitlines() if line.startswith("E:")][:3]
+        raise ImageError(f"{tree.name.removesuffix('.partial')}: mmdebstrap failed: {'; '.join(errors) or 'no reason given'}\n"
+                         f"  the whole log: {log}")
+
+
+def _strip(tree: Path) -> None:
+    """Takes out of a tree what must differ between nodes, and what would start by itself."""
+    (tree / "etc/systemd/system-preset").mkdir(parents=True, exist_ok=True)
+    (tree / "etc/systemd/system-preset/00-posthouse.preset").write_text(PRESET)
+    inside = ["chroot", str(tree)]
+    subprocess.run([*inside, "systemctl", "preset-all"], check=True, capture_output=True)
+    # Daemons that still come as init scripts are not covered by presets.
+    native = {unit.stem for unit in tree.glob("usr/lib/systemd/system/*.service")}
+    for script in sorted(tree.glob("etc/init.d/*")):
+        if script.name not in native:
+            subprocess.run([*inside, "update-rc.d", script.name, "disable"], check=True, capture_output=True)
+    for pattern in ("etc/ssh/ssh_host_*", "etc/hostname", "etc/resolv.conf", "etc/ssl/private/ssl-cert-snakeoil.key",
+                    "var/lib/dbus/machine-id", "var/lib/systemd/random-seed", "var/log/*.log"):
+        for file in tree.glob(pattern):
+            file.unlink()
+    (tree / "etc/machine-id").write_text("")
+    # How this machine reaches its mirror is not how a node does; what its indices are like stays true.
+    options = tree / "etc/apt/apt.conf.d/99mmdebstrap"
+    options.write_text("".join(line for line in options.read_text().splitlines(keepends=True) if "::http" not in line))
+
+
+def _prune(tree: Path, class_name: str) -> None:
+    """Removes images of the class that no lab uses and that are older than a week."""
+    used = {link.resolve() for link in Path("/var/lib/posthouse/lab").glob("*/nodes/*/image")}
+    for old in IMAGES.glob(f"{class_name}-*"):
+        if old.is_dir() and old not in {tree, *used} and old.stat().st_ctime < time.time() - 7 * 86400:
+            shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _os_release() -> dict[str, str]:
+    lines = (line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+    return {key: value.strip('"') for key, value in lines}
+
+
+def _plain_uri(uri: str) -> str:
+    """Debian's cloud images name their mirror in a file; a node has no such file."""
+    if not uri.startswith("mirror+file:"):
+        return uri.rstrip("/")
+    lines = Path(uri.removeprefix("mirror+file:")).read_text().splitlines()
+    return next(line.split()[0] for line in lines if line.strip() and not line.startswith("#")).rstrip("/")
+
+
+def _reachable(uri: str, suite: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        fetch = ["/usr/lib/apt/apt-helper", "download-file", f"{uri}/dists/{suite}/InRelease", f"{folder}/InRelease"]
+        return subprocess.run(fetch, capture_output=True, check=False).returncode == 0

@@ -1,0 +1,215 @@
+"""The lab: a site's nodes as containers on this machine, in network namespaces of their own.
+
+    lab.ensure_requirements()           installs what the controller lacks
+    lab.up(site, secrets)               images built, all nodes running, sshd answering on each
+    lab.down(name)                      nothing is left
+    lab.status(name)                    [{"name", "address", "state", "pid", "image"}]
+    lab.kill(name, node), start(…)      power cut, and power back
+    lab.enter(name)                     this process now sees the lab's network, as the site's controller
+    lab.command(name, node)             what to put before a command to run it on a node, without ssh
+    lab.refresh(site, secrets)          DNS as the site says now
+
+Each may be killed at any moment; running it again, or `down`, puts things right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from posthouse import image
+from posthouse.lab import dns, network, processes, updates
+from posthouse.lab import node as nodes
+from posthouse.lab.layout import RUNTIME, LabError, Layout, run
+from posthouse.lab.requirements import ensure as ensure_requirements
+from posthouse.model import Site
+from posthouse.secrets import Secrets
+
+__all__ = ["LabError", "command", "down", "ensure_requirements", "enter", "kill", "refresh", "shell", "start", "status", "up"]
+
+log = logging.getLogger(__name__)
+
+BOOT_SECONDS = 90  # a node boots in two; a machine busy with other things takes its time
+
+
+def up(site: Site, secrets: Secrets) -> dict[str, str]:
+    """Makes the lab what the site says: {node: "kept", "started" or "made"}. Raises LabError, ImageError.
+
+    Nodes that run stay as they are, those that died are started with what they kept, those that the site does not name
+    any more go. Returns when sshd answers on each.
+    """
+    if not site.lab:
+        raise LabError(f"{site.name}: this site does not run in the lab; give it a `lab:` section, as inventory/lab/site.yml has")
+    layout = Layout(site.name)
+    images = image.build_all(site)
+    with _locked(layout):
+        _hub(layout, site, secrets)
+        for gone in set(layout.nodes) - set(site.nodes):
+            nodes.stop(layout, gone)
+            shutil.rmtree(layout.node_state(gone))
+            log.info("%s: removed", gone)
+
+        def bring(name: str) -> tuple[str, str]:
+            node = nodes.Node(
+                name=name,
+                fqdn=site.nodes[name].fqdn,
+                address=site.nodes[name].address,
+                prefixlen=site.network.cidr.prefixlen,
+                gateway=str(site.network.gateway or site.network.controller),
+                interface=site.network.interface,
+                resolvers=[str(address) for address in site.network.resolvers],
+                srv_mib=site.lab.srv_mib if site.lab else 0,
+            )
+            new = name not in layout.nodes
+            if not new and nodes.healthy(layout, name) and nodes.wait_for_ssh(layout, node, 10):
+                return name, "kept"
+            if new:
+                nodes.stop(layout, name)
+                nodes.make(layout, node, images[site.nodes[name].klass], secrets.ssh["public"], secrets.ssh["host_keys"][name])
+            _boot(layout, node)
+            log.info("%s: up", name)
+            return name, "made" if new else "started"
+
+        return dict(_each(bring, site.nodes))
+
+
+def refresh(site: Site, secrets: Secrets) -> None:
+    """Brings the zones of a running lab to what the site says now."""
+    layout = Layout(site.name)
+    with _locked(layout):
+        dns.start(layout, site, secrets)
+
+
+def down(name: str) -> None:
+    """Ends a lab and removes everything of it, found by name: also one that is half there, or whose notes are lost."""
+    layout = Layout(name)
+    with _locked(layout):
+        # All at once, before anything is looked at: a node must not notice that another one is gone.
+        processes.end(layout.cgroup)
+        for namespace in network.of_lab(layout):
+            processes.end_by_namespace(network.pids(namespace))
+            network.remove(namespace)
+        with contextlib.suppress(LabError):
+            processes.until(lambda: not nodes.loops(layout.state), 10, "")
+        for device in nodes.loops(layout.state):
+            run(["losetup", "--detach", device])
+        for folder in (layout.state, layout.runtime, layout.resolver):
+            if folder.exists():
+                shutil.rmtree(folder)
+
+
+def status(name: str) -> list[dict[str, Any]]:
+    """The nodes of a lab: [{"name", "address", "state": running|stopped, "pid": of its systemd or None, "image"}]."""
+    layout = Layout(name)
+    return [
+        {
+            "name": node,
+            "address": nodes.load(layout, node).address,
+            "state": "running" if nodes.healthy(layout, node) else "stopped",
+            "pid": processes.leader(layout.node_cgroup(node)),
+            "image": (layout.node_state(node) / "image").readlink().name,
+        }
+        for node in layout.nodes
+    ]
+
+
+def kill(name: str, node: str) -> None:
+    """Cuts the power of a node: nothing is shut down, and what /srv had not yet written is lost. `start` or `up` boots it."""
+    layout = Layout(name)
+    with _locked(layout):
+        nodes.cut_power(layout, nodes.load(layout, node).name)
+
+
+def start(name: str, node: str) -> None:
+    """Boots a node that does not run, with what it kept, and waits for its sshd."""
+    layout = Layout(name)
+    with _locked(layout):
+        loaded = nodes.load(layout, node)
+        if not nodes.healthy(layout, node):
+            _boot(layout, loaded)
+
+
+def shell(name: str, node: str) -> int:
+    """A root shell on a node, also where its sshd is dead. Returns the shell's exit status."""
+    return subprocess.run([*command(name, node), "bash", "--login"], check=False).returncode
+
+
+def command(name: str, node: str) -> list[str]:
+    """What to put before a command to run it on a node as root, without ssh. Raises LabError if the node does not run."""
+    layout = Layout(name)
+    leader = processes.leader(layout.node_cgroup(nodes.load(layout, node).name))
+    if not leader:
+        raise LabError(f"{name}: {node} does not run; start it with: posthouse lab up {name}")
+    clean = ["env", "-i", "HOME=/root", "LANG=C.UTF-8", f"TERM={os.environ.get('TERM', 'dumb')}",
+             "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+    return ["nsenter", f"--target={leader}", "--all", "--wdns=/root", *clean]
+
+
+def enter(name: str) -> None:
+    """Moves this process into the lab's network, where it is the site's controller. What it starts from now on is there, too.
+
+    Call it before any thread is started. Names are still looked up where the machine does; sockets may bind any address of
+    `lab.outside` to speak as a stranger.
+    """
+    network.enter(Layout(name).namespace)
+
+
+def _hub(layout: Layout, site: Site, secrets: Secrets) -> None:
+    """The controller's side of the lab: its network, name server and updates."""
+    assert site.lab
+    addresses = list(dict.fromkeys(str(address) for address in (site.network.controller, site.network.gateway) if address))
+    if network.make_hub(layout, addresses, site.network.cidr.prefixlen, str(site.lab.outside)):
+        processes.end(layout.services)  # those of a hub that is no more
+    layout.resolver.mkdir(parents=True, exist_ok=True)
+    (layout.resolver / "resolv.conf").write_text(f"nameserver {site.network.controller}\nsearch {site.domain}\n")
+    dns.start(layout, site, secrets)
+    updates.start(layout, str(site.network.controller))
+
+
+def _boot(layout: Layout, node: nodes.Node) -> None:
+    nodes.boot(layout, node)
+    if not nodes.wait_for_ssh(layout, node, BOOT_SECONDS):
+        console = layout.node_state(node.name) / "console"
+        last = "\n".join(f"  {line}" for line in console.read_text(errors="replace").splitlines()[-8:])
+        state = "its sshd does not answer" if processes.running(layout.node_cgroup(node.name)) else "it ended while it booted"
+        raise LabError(f"{node.name}: {state}; {console} ends with:\n{last}")
+
+
+def _each(function: Callable[[str], tuple[str, str]], names: Iterable[str]) -> list[tuple[str, str]]:
+    """Runs a function for all nodes side by side; if some fail, all are finished first, and then said in one error."""
+    with ThreadPoolExecutor() as pool:
+        futures = [pool.submit(function, name) for name in names]
+    errors = [str(future.exception()) for future in futures if future.exception()]
+    unexpected = [error for future in futures if (error := future.exception()) and not isinstance(error, LabError)]
+    if unexpected:
+        raise unexpected[0]
+    if errors:
+        raise LabError("\n".join(errors))
+    return [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def _locked(layout: Layout) -> Iterator[None]:
+    """One command at a time works on a lab; another one waits. The lock's file goes with the lab."""
+    RUNTIME.mkdir(parents=True, exist_ok=True)
+    file = Path(f"{layout.runtime}.lock")
+    while True:
+        with file.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Whoever held it before may have removed it: then this is not the lock that others see.
+            if not file.exists() or not os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+                continue
+            try:
+                yield
+            finally:
+                if not layout.state.exists():
+                    file.unlink()
+            return

@@ -1,0 +1,67 @@
+"""The lab's name server: knot on the controller's address, which answers for the site, for the outside world, and for all else."""
+
+from __future__ import annotations
+
+import time
+
+from posthouse.lab import processes
+from posthouse.lab.layout import Layout, run
+from posthouse.model import Site
+from posthouse.secrets import Secrets
+from posthouse.zones import zones
+
+_CONFIG = """\
+server:
+    rundir: {runtime}
+    pidfile: {runtime}/knot.pid
+    listen: [{address}@53, 127.0.0.1@53]
+control:
+    listen: {runtime}/knot.sock
+log:
+  - target: stderr
+    any: info
+database:
+    storage: {state}/knot
+template:
+  - id: default
+    storage: {state}/zones
+    zonefile-sync: -1
+    journal-content: none
+zone:
+"""
+
+
+def start(layout: Layout, site: Site, secrets: Secrets) -> None:
+    """Brings the name server and its zones to what the site says; a server that runs stays, and loads what changed."""
+    layout.runtime.mkdir(parents=True, exist_ok=True)
+    folder = layout.state / "zones"
+    folder.mkdir(parents=True, exist_ok=True)
+    # The serial goes up with every change and only then: by it knot sees that a zone is to be loaded anew.
+    last = layout.state / "serial"
+    serial = int(last.read_text()) if last.exists() else 0
+    wanted = _files(zones(site, secrets.dkim, serial))
+    if wanted != {file.name: file.read_text() for file in folder.iterdir()}:
+        serial = int(time.time())
+        wanted = _files(zones(site, secrets.dkim, serial))
+        for file in folder.iterdir():
+            file.unlink()
+        for name, text in wanted.items():
+            (folder / name).write_text(text)
+        last.write_text(str(serial))
+    config = _CONFIG.format(runtime=layout.runtime, state=layout.state, address=site.network.controller)
+    config += "".join(f'  - domain: "{name.removesuffix(".zone") or "."}"\n    file: "{name}"\n' for name in wanted)
+    (layout.state / "knot.conf").write_text(config)
+    group = layout.services / "dns"
+    control = ["knotc", "--socket", str(layout.runtime / "knot.sock")]
+    if processes.running(group):
+        run([*control, "reload"])
+        return
+    processes.end(group)
+    run(["knotc", "--config", str(layout.state / "knot.conf"), "conf-check"])
+    processes.spawn(group, ["ip", "netns", "exec", layout.namespace, "knotd", "--config", str(layout.state / "knot.conf")],
+                    layout.state / "knot.log")
+
+
+def _files(texts: dict[str, str]) -> dict[str, str]:
+    """Zones by the name of their file; the root's is just `.zone`."""
+    return {f"{name.removesuffix('.')}.zone": text for name, text in texts.items()}
