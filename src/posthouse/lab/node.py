@@ -1,4 +1,4 @@
-"""One node of a lab: a systemd-nspawn container over its class's image, with a /srv of its own on a loop-mounted ext4."""
+"""One node of a lab: a systemd-nspawn container over its class's image, with /srv on a loop-mounted ext4 of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from posthouse.lab import network, processes
-from posthouse.lab.layout import LabError, Layout, run
+from posthouse.lab.layout import NETNS, LabError, Layout, run
 
 # Mounts are made in a mount namespace of the supervisor's own: when the node ends, by whatever means, they are gone.
 # Mount events of the machine still come in, so that nothing unmounted outside is held here.
@@ -64,7 +64,7 @@ def make(layout: Layout, node: Node, image: Path, authorized_key: str, host_key:
         "etc/ssh/ssh_host_ed25519_key.pub": host_key["public"].strip() + "\n",
         "etc/ssh/ssh_host_ed25519_key": host_key["private"].strip() + "\n",
         "root/.ssh/authorized_keys": authorized_key.strip() + "\n",
-        # The lab's controller fetches for the nodes, which have no way out; it speaks to the mirror as the machine does.
+        # The lab's controller fetches for the nodes, which have no way out, in the way that this machine does.
         "etc/apt/apt.conf.d/90posthouse-lab": f'Acquire::http::Proxy "http://{node.gateway}:3142";\n',
         "etc/apt/sources.list": (image / "etc/apt/sources.list").read_text().replace("https://", "http://"),
     }
@@ -75,9 +75,9 @@ def make(layout: Layout, node: Node, image: Path, authorized_key: str, host_key:
     for folder in ("root", "root/.ssh"):
         (state / "upper" / folder).chmod(0o700)
     disk = state / "srv.img"
-    with disk.open("wb") as file:
-        file.truncate(node.srv_mib * 2**20)
-    run(["mkfs.ext4", "-q", "-F", "-m", "0", "-L", "srv", "-E", "nodiscard,lazy_itable_init=1,root_owner=0:0", "-J", "size=32", str(disk)])
+    disk.touch()
+    os.truncate(disk, node.srv_mib * 2**20)
+    run(["mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard", str(disk)])
     (state / "node.json").write_text(json.dumps(asdict(node), indent=1))
 
 
@@ -97,16 +97,41 @@ def boot(layout: Layout, node: Node) -> None:
     state, namespace = layout.node_state(node.name), layout.node_namespace(node.name)
     root = layout.runtime / "nodes" / node.name
     root.mkdir(parents=True, exist_ok=True)
-    command = ["--quiet", "--register=no", "--keep-unit", "--settings=no", "--link-journal=no", "--timezone=off", "--resolv-conf=off",
-               f"--machine={namespace}", f"--hostname={node.name}", f"--directory={root}",
-               f"--network-namespace-path={network.NETNS / namespace}", "--capability=CAP_NET_ADMIN,CAP_IPC_LOCK", "--boot"]
+    command = [
+        "--quiet",
+        "--register=no",
+        "--keep-unit",
+        "--settings=no",
+        "--link-journal=no",
+        "--timezone=off",
+        "--resolv-conf=off",
+        f"--machine={namespace}",
+        f"--hostname={node.name}",
+        f"--directory={root}",
+        f"--network-namespace-path={NETNS / namespace}",
+        "--capability=CAP_NET_ADMIN,CAP_IPC_LOCK",
+        "--boot",
+    ]
     processes.spawn(
         layout.node_cgroup(node.name),
-        ["unshare", "--mount", "--propagation", "slave", "sh", "-c", _BOOT, "boot", str((state / "image").resolve()), str(state),
-         str(root), *command],
+        [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "slave",
+            "sh",
+            "-c",
+            _BOOT,
+            "boot",
+            str((state / "image").resolve()),
+            str(state),
+            str(root),
+            *command,
+        ],
         state / "console",
         # Where the machine itself still runs cgroup v1, the node gets v2 all the same.
-        env={"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
+        # /proc/sys/net belongs to the node's own namespace; nspawn cannot know that and would make it read-only.
+        env={"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network"},
     )
 
 
@@ -128,7 +153,7 @@ def stop(layout: Layout, name: str) -> None:
 
 
 def cut_power(layout: Layout, name: str) -> None:
-    """Ends a node as a power cut does: what /srv had not yet written to its disk is lost, not written after the fact."""
+    """Ends a node as a power cut does: what /srv had not yet written to its disk is lost."""
     network.unplug(layout, name)
     leader = processes.leader(layout.node_cgroup(name))
     if leader:
