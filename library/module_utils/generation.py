@@ -409,18 +409,23 @@ def _set_access(path, want):
 
 
 def _validate(desired, plan):
-    """Runs the validator of each service whose files change, on the staged tree."""
+    """Runs the validator of each service whose files change, in a view of the node in which the new files are in place.
+
+    The view is a mount namespace of its own, with the staged tree laid over the live one: so files that refer to each
+    other by their paths are judged together, and a validator cannot change anything.
+    """
     changed = [*plan["write"], *plan["remove"]]
+    new = TRANSACTION / "new"
+    tops = [entry.name for entry in new.iterdir()]
+    mounts = "".join(f"mount -t overlay posthouse -o ro,lowerdir={new}/{top}:/{top} /{top} && " for top in tops)
     for service in desired["services"]:
         if not any(_owned(path, service["owns"]) for path in changed):
             continue
         for command in service["check"]:
-            done = run(*shlex.split(command.replace("{stage}", str(TRANSACTION / "new"))))
+            done = run("unshare", "--mount", "sh", "-c", mounts + 'exec "$@"', "sh", *shlex.split(command))
             if done.returncode:
-                lines = (done.stdout + done.stderr).replace(str(TRANSACTION / "new"), "").strip().splitlines()
-                raise Failed(
-                    f"{service['unit']}: refused by its validator ({command}); nothing was replaced", lines[-20:]
-                )
+                lines = (done.stdout + done.stderr).strip().splitlines()
+                raise Failed(f"{service['unit']}: refused by its validator ({command}); nothing was replaced", lines[-20:])
 
 
 def _put_beside(desired, plan):

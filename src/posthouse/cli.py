@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -57,6 +58,7 @@ def table(title: str, *columns: str, rows: list[list[Any]]) -> Table:
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Common to all verbs."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if version:
         print(f"posthouse {__version__}")
 
@@ -260,7 +262,7 @@ def lab_status(site: SiteName = "lab", as_json: Json = False) -> None:
     """Show the nodes of a lab."""
     from posthouse import lab
 
-    nodes = lab.status(load(site))
+    nodes = lab.status(load(site).name)
     show(
         nodes,
         as_json,
@@ -275,7 +277,7 @@ def lab_shell(
     """Open a root shell on a node."""
     from posthouse import lab
 
-    lab.shell(load(site), node)
+    lab.shell(site, node)
 
 
 @lab_app.command("kill")
@@ -334,12 +336,14 @@ def bench_converge(
 
 def main() -> None:
     """Entry point: errors are one sentence that names the place, the reason and the fix."""
+    from posthouse.image import ImageError
+    from posthouse.lab import LabError
     from posthouse.run import Busy
 
     started = time.monotonic()
     try:
         app()
-    except (SiteError, SecretsError, Busy) as error:
+    except (SiteError, SecretsError, Busy, ImageError, LabError) as error:
         sys.exit(f"posthouse: {error}")
     except KeyboardInterrupt:
         sys.exit(f"posthouse: stopped after {time.monotonic() - started:.0f} s; running the same command again goes on")
