@@ -7,28 +7,49 @@ the `Site`; nothing derived is written down anywhere. What is wrong between part
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Set
 from functools import cache, cached_property
 from typing import Annotated, Any, Literal
 
 from netaddr import IPAddress, IPNetwork, IPRange
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, create_model
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, create_model
 
 from posthouse import roles
+from posthouse.strict import Place, Problem, Strict, did_you_mean
+
+# A class that a site does not describe carries these tiers.
+STANDARD_CLASSES = {
+    "mail": ["directory", "store", "filter", "mx", "submission", "outbound"],
+    "lb": ["directory", "lb", "access"],
+}
+# More under one name is a slip of the keyboard; it must be refused before anything is made of it.
+LARGEST_RANGE = 4096
+# Names in the first domain, or in Ansible's inventory, that a node would take away from something else.
+RESERVED = {
+    "all": "Ansible's group of everything",
+    "ungrouped": "a group of Ansible's own",
+    "localhost": "every machine's own",
+    "controller": "the controller's",
+    "dnsbl": "the lab's block list's",
+}
+# A host's name and a certificate's subject have room for this many characters.
+LONGEST_FQDN = 64
 
 
 def _ip(value: Any) -> IPAddress:
     try:
         return IPAddress(str(value), version=4)
     except Exception:
-        raise ValueError(f"{value!r} is not an IPv4 address; write it like 10.77.0.5") from None
+        raise ValueError(f"{reprlib.repr(value)} is not an IPv4 address; write it like 10.77.0.5") from None
 
 
 def _cidr(value: Any) -> IPNetwork:
     try:
         network = IPNetwork(str(value), version=4)
     except Exception:
-        raise ValueError(f"{value!r} is not an IPv4 network; write it like 10.77.0.0/24") from None
+        raise ValueError(f"{reprlib.repr(value)} is not an IPv4 network; write it like 10.77.0.0/24") from None
     if network.ip != network.network:
         raise ValueError(f"{value} has host bits set; did you mean {network.cidr}?")
     return network
@@ -36,73 +57,105 @@ def _cidr(value: Any) -> IPNetwork:
 
 def _range(value: Any) -> IPRange:
     first, dash, last = str(value).partition("-")
-    try:
-        if not dash:
-            raise ValueError
-        return IPRange(_ip(first.strip()), _ip(last.strip()))
-    except Exception:
-        raise ValueError(f"{value!r} is not an address range; write it like 10.77.0.11-10.77.0.99") from None
+    if not dash:
+        raise ValueError(f"{reprlib.repr(value)} is not an address range; write it like 10.77.0.11-10.77.0.99")
+    low, high = _ip(first.strip()), _ip(last.strip())
+    if high < low:
+        raise ValueError(f"{value} ends before it begins; write the smaller address first")
+    return IPRange(low, high)
 
+
+def _tier(value: str) -> str:
+    if value == "base":
+        raise ValueError("base is on every node; leave it out here")
+    if value not in roles.TIERS:
+        raise ValueError(f"no tier {value!r}; {did_you_mean(value, roles.TIERS[1:])}")
+    return value
+
+
+def _node_names(value: str) -> str:
+    match = re.fullmatch(r"([a-z][a-z0-9-]{0,30})\[(\d{1,9}):(\d{1,9})\]", value)
+    if not match:
+        return _checked(NAME, "the name of a node; write it like mail1, or mail[1:3] for three of them")(value)
+    count = int(match[3]) - int(match[2]) + 1
+    if count < 1:
+        raise ValueError("the range is empty; write the smaller number first, like mail[1:3]")
+    if count > LARGEST_RANGE:
+        raise ValueError(f"the range stands for {count} nodes, and {LARGEST_RANGE} is the most; did you mean fewer?")
+    return value
+
+
+def _checked(pattern: str | re.Pattern[str], what: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"{reprlib.repr(value)} is not {what}")
+        return value
+
+    return check
+
+
+NAME = re.compile(r"[a-z]([a-z0-9-]{0,29}[a-z0-9])?")
+_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+# The last label has a letter in it: 10.77.0.1 is no domain.
+_DOMAIN = rf"(?=.{{1,253}}$)({_LABEL}\.)+(?=[a-z0-9-]*[a-z]){_LABEL}"
 
 _text = PlainSerializer(str, return_type=str)
 Address = Annotated[Any, BeforeValidator(_ip), _text]
 Cidr = Annotated[Any, BeforeValidator(_cidr), _text]
 AddressRange = Annotated[Any, BeforeValidator(_range), _text]
-
-# The names under `nodes`; a range stands for several.
-NodeNames = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,30}(\[\d+:\d+\])?$")]
-StoreName = Annotated[str, Field(pattern=r"^s\d{2,3}$")]
-
-_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-Domain = Annotated[str, Field(pattern=rf"^({_LABEL}\.)+{_LABEL}$", max_length=253)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,30}$")]
-
-
-class Strict(BaseModel):
-    """Unknown keys are refused everywhere; a typo must never silently change nothing."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, arbitrary_types_allowed=True, ignored_types=(cached_property,)
-    )
+Name = Annotated[str, AfterValidator(_checked(NAME, "a name; use a to z, 0 to 9 and hyphens, a letter first: mail1"))]
+NodeNames = Annotated[str, AfterValidator(_node_names)]
+StoreName = Annotated[str, AfterValidator(_checked(r"s\d{2,3}", "the name of a store; they are s01, s02, … s999"))]
+Tier = Annotated[str, AfterValidator(_tier)]
+Domain = Annotated[
+    str,
+    AfterValidator(_checked(_DOMAIN, "a mail domain; write it in lower case, like example.org (others as xn--…)")),
+]
+# What a site says ends up in configuration files of many kinds; none of them means a line break by it.
+Text = Annotated[str, AfterValidator(_checked(r"[^\x00-\x1f\x7f]*", "text of one line; leave out control characters"))]
 
 
 class Network(Strict):
     """The network that all nodes share."""
 
-    cidr: Cidr
+    cidr: Cidr = Field(description="the network itself")
     controller: Address = Field(description="where operators' commands come from; the nodes' ssh is open to it alone")
-    nodes: AddressRange = Field(description="addresses of nodes")
+    nodes: AddressRange = Field(description="addresses of nodes, given out in the order of the site file")
     stores: AddressRange = Field(description="service addresses of stores: s01 has the first, s02 the second, …")
     gateway: Address | None = Field(None, description="default route of the nodes; the controller if left out")
-    interface: str = Field("eth0", pattern=r"^[a-z][a-z0-9.]{0,14}$")
+    interface: Annotated[
+        str, AfterValidator(_checked(r"[a-z][a-z0-9.]{0,14}", "an interface; write it like eth0 or enp1s0.20"))
+    ] = Field("eth0", description="the nodes' interface in this network")
     resolvers: list[Address] = Field(min_length=1, description="DNS servers that the nodes ask")
 
 
 class NodeClass(Strict):
     """Nodes that are built identically from one image."""
 
-    tiers: list[Literal["directory", "store", "filter", "mx", "submission", "outbound", "lb", "access"]]
+    tiers: list[Tier] = Field(description="what the nodes do; `mail` and `lb` have their tiers if this is left out")
+    cores: int = Field(2, ge=1, description="CPU cores of each node; `posthouse plan` counts with them")
+    disk_gib: float = Field(40, gt=0, description="GiB of each node's /srv, where mail, queues and directory are")
 
 
 class NodeEntry(Strict):
     """One node, or several under a name such as `mail[1:3]`, which then have consecutive addresses."""
 
-    klass: Name = Field(alias="class")
+    klass: Name = Field(alias="class", description="one of `classes`")
     address: Address | None = Field(None, description="the (first) address; by default the next free one of the range")
 
 
 class StoreEntry(Strict):
     """Where a store lives."""
 
-    primary: Name
-    replicas: list[Name] = Field(default_factory=list)
+    primary: Name = Field(description="the node that serves it")
+    replicas: list[Name] = Field(default_factory=list, description="nodes that hold a copy, always up to date")
     weight: float = Field(1.0, gt=0, description="share of new accounts, relative to other stores")
 
 
 class Directory(Strict):
     """The directory's providers: the nodes that take writes. Every other node carries a read replica."""
 
-    providers: list[Name] = Field(min_length=1)
+    providers: list[Name] = Field(min_length=1, description="nodes that take writes; two, so that one may be down")
 
 
 class Accounts(Strict):
@@ -110,31 +163,32 @@ class Accounts(Strict):
 
     quota: int = Field(1024, ge=0, description="MiB; 0 is without limit")
     spam_threshold: int = Field(5, ge=1, le=100, description="points from which mail is filed into Junk")
-    password_length: int = Field(10, ge=8, description="shortest password that is accepted")
+    password_length: int = Field(10, ge=8, le=128, description="shortest password that is accepted")
 
 
 class Tls(Strict):
     """Transport encryption on every listener and between all nodes."""
 
-    minimum_version: Literal["TLSv1.2", "TLSv1.3"] = "TLSv1.2"
-    certificate_days: int = Field(825, ge=30, le=3650, description="how long node certificates are valid")
+    minimum_version: Literal["TLSv1.2", "TLSv1.3"] = Field("TLSv1.2", description="older ones are refused")
+    certificate_days: int = Field(825, ge=60, le=3650, description="how long node certificates are valid")
 
 
 class Load(Strict):
     """What the site is built for; `posthouse plan` sets it beside what the nodes can do."""
 
-    accounts: int = Field(1000, ge=1)
+    accounts: int = Field(1000, ge=1, description="people with a mailbox")
     messages_per_account: float = Field(14, ge=0, description="messages received by an account in a day")
+    logins_per_account: float = Field(20, ge=0, description="logins of an account in a day, from all its devices")
     peak: float = Field(3, ge=1, description="busiest hour, as a multiple of the average one")
-    mailbox_mib: float = Field(200, gt=0, description="average size of a mailbox")
+    mailbox_mib: float = Field(200, gt=0, description="average size of a mailbox, in MiB")
 
 
 class Lab(Strict):
     """Makes this a site that runs on this machine, in network namespaces of its own."""
 
     outside: Cidr = Field(description="addresses of the rest of the world inside the lab")
-    listed: list[Address] = Field(default_factory=list, description="outside addresses on the lab's DNS blocklist")
-    srv_mib: int = Field(2048, ge=256, description="size of each node's /srv file system")
+    listed: list[Address] = Field(default_factory=list, description="outside addresses on the lab's DNS block list")
+    srv_mib: int = Field(2048, ge=256, description="size of each node's /srv file system, in MiB")
 
 
 class Node(Strict):
@@ -161,7 +215,13 @@ class Store(Strict):
     weight: float
 
 
-_TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
+# Ansible's types of a role's settings. None of posthouse's settings means anything below zero.
+_TYPES: dict[str, Any] = {
+    "str": Text,
+    "int": Annotated[int, Field(ge=0)],
+    "float": Annotated[float, Field(ge=0)],
+    "bool": bool,
+}
 
 
 @cache
@@ -169,44 +229,48 @@ def settings_model(tier: str) -> type[Strict]:
     """The part of `site.yml` that is named after a tier, made from its role's argument_specs."""
     fields: dict[str, Any] = {}
     for name, spec in roles.settings(tier).items():
-        kind: Any = _TYPES[spec.get("type", "str")]
-        if kind is list:
-            kind = list[_TYPES[spec.get("elements", "str")]]  # type: ignore[misc]
+        kind: Any = _TYPES[spec["elements"] if spec["type"] == "list" else spec["type"]]
+        if spec["type"] == "list":
+            kind = list[kind]
         if "choices" in spec:
             kind = Literal[tuple(spec["choices"])]
-        required = spec.get("required", False)
-        fields[name] = (kind, Field(... if required else spec.get("default")))
+        default = ... if spec.get("required") else spec["default"]
+        fields[name] = (kind, Field(default, description=spec["description"], validate_default=True))
     return create_model(f"{tier}_settings", __base__=Directory if tier == "directory" else Strict, **fields)
 
 
 def expand(name: str) -> list[str]:
     """`mail[08:10]` → mail08, mail09, mail10; a name without a range stays as it is."""
-    match = re.fullmatch(r"([a-z][a-z0-9-]*)\[(\d+):(\d+)\]", name)
+    match = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
     if not match:
         return [name]
     head, first, last = match.groups()
     return [f"{head}{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
-Problem = tuple[tuple[str, ...], str]
-"""Where (the path of keys into site.yml), and what is wrong with how to mend it."""
+def _with_standard_classes(value: Any) -> Any:
+    """`mail` and `lb` exist without being named, and keep their tiers where a site describes only their machines."""
+    if not isinstance(value, dict):
+        return value
+    classes: dict[Any, Any] = {name: {"tiers": list(tiers)} for name, tiers in STANDARD_CLASSES.items()}
+    for name, entry in value.items():
+        classes[name] = {**classes.get(name, {}), **entry} if isinstance(entry, dict) else entry
+    return classes
 
 
 class Site(Strict):
     """One mail platform. The tiers' settings are added from the roles by `site_model`."""
 
-    name: Name
+    name: Name = Field(description="the name of its folder in inventory/")
     domains: list[Domain] = Field(min_length=1, description="mail domains; the first one names the nodes")
     network: Network
-    classes: dict[Name, NodeClass] = Field(
-        default_factory=lambda: {
-            "mail": NodeClass(tiers=["directory", "store", "filter", "mx", "submission", "outbound"]),
-            "lb": NodeClass(tiers=["directory", "lb", "access"]),
-        }
+    classes: Annotated[dict[Name, NodeClass], BeforeValidator(_with_standard_classes)] = Field(
+        default_factory=dict, validate_default=True, description="kinds of nodes; `mail` and `lb` need not be described"
     )
-    node_entries: dict[NodeNames, NodeEntry] = Field(alias="nodes", min_length=1)
+    node_entries: dict[NodeNames, NodeEntry] = Field(alias="nodes", min_length=1, description="the machines")
     vips: dict[Literal["mail"], Address] = Field(min_length=1, description="virtual addresses held by the lb nodes")
-    store_entries: dict[StoreName, StoreEntry] = Field(alias="stores", min_length=1)
+    directory: Directory
+    store_entries: dict[StoreName, StoreEntry] = Field(alias="stores", min_length=1, description="where accounts live")
     accounts: Accounts = Accounts()
     tls: Tls = Tls()
     load: Load = Load()
@@ -223,27 +287,34 @@ class Site(Strict):
         return ",".join(f"dc={label}" for label in self.domain.split("."))
 
     @cached_property
+    def _places(self) -> list[tuple[str, str, int]]:
+        """Every node in the order of the site file: (its key there, its name, its address; 0 where none is left)."""
+        given = [(key, entry.address, expand(key)) for key, entry in self.node_entries.items()]
+        fixed = {int(address) + i for _, address, names in given if address for i in range(len(names))}
+        free = (
+            number for number in range(self.network.nodes.first, self.network.nodes.last + 1) if number not in fixed
+        )
+        return [
+            (key, name, int(address) + i if address else next(free, 0))
+            for key, address, names in given
+            for i, name in enumerate(names)
+        ]
+
+    @cached_property
     def nodes(self) -> dict[str, Node]:
         """All nodes by name, in the order of the site file."""
-        taken = {
-            str(entry.address + i)
-            for key, entry in self.node_entries.items()
-            if entry.address
-            for i in range(len(expand(key)))
-        }
-        free = (str(address) for address in self.network.nodes if str(address) not in taken)
         nodes = {}
-        for key, entry in self.node_entries.items():
-            tiers = self.classes[entry.klass].tiers if entry.klass in self.classes else []
-            for i, name in enumerate(expand(key)):
-                nodes[name] = Node(
-                    name=name,
-                    fqdn=f"{name}.{self.domain}",
-                    address=str(entry.address + i) if entry.address else next(free, "exhausted"),
-                    klass=entry.klass,
-                    tiers=tuple(tier for tier in roles.TIERS if tier == "base" or tier in tiers),
-                    provider=name in self.directory.providers,  # type: ignore[attr-defined]
-                )
+        for key, name, address in self._places:
+            klass = self.node_entries[key].klass
+            carried = self.classes[klass].tiers if klass in self.classes else []
+            nodes[name] = Node(
+                name=name,
+                fqdn=f"{name}.{self.domain}",
+                address=str(IPAddress(address)),
+                klass=klass,
+                tiers=tuple(tier for tier in roles.TIERS if tier == "base" or tier in carried),
+                provider=name in self.directory.providers,
+            )
         return nodes
 
     @cached_property
@@ -258,7 +329,9 @@ class Site(Strict):
                 host=f"{name}.{self.domain}",
                 address=str(IPAddress(self.network.stores.first + number - 1)),
                 replication_port=2100 + number,
-                **entry.model_dump(),
+                primary=entry.primary,
+                replicas=tuple(entry.replicas),
+                weight=entry.weight,
             )
         return stores
 
@@ -300,95 +373,185 @@ class Site(Strict):
                 )
         return rules
 
-    def problems(self) -> Iterator[Problem]:
-        """What is wrong between the parts of the site; each part by itself is already known to be sound."""
-        yield from self._network_problems()
-        yield from self._node_problems()
-        yield from self._store_problems()
+    def problems(self, broken: Set[str] = frozenset()) -> Iterator[Problem]:
+        """What is wrong between the parts of the site; each part by itself is already known to be sound.
+
+        broken: top-level keys of the site file below which something had to be left out. What leans on them is not
+        looked at, for it would only echo what is wrong there.
+        """
+        checks = {
+            self._network_problems: {"network", "vips", "lab"},
+            self._class_problems: {"classes"},
+            self._node_problems: {"network", "classes", "nodes"},
+            self._name_problems: {"domains", "vips", "classes", "nodes", "stores"},
+            self._provider_problems: {"classes", "nodes", "directory"},
+            self._store_problems: {"network", "classes", "nodes", "stores"},
+        }
+        for check, leans_on in checks.items():
+            if not leans_on & broken:
+                yield from check()
 
     def _network_problems(self) -> Iterator[Problem]:
         net = self.network
         ranges = {"nodes": net.nodes, "stores": net.stores}
+        edges = {net.cidr.network, net.cidr.broadcast} - {None}
         for name, addresses in ranges.items():
             if addresses not in net.cidr:
                 yield ("network", name), f"{addresses} is not inside {net.cidr}; choose addresses of that network"
-        if (
-            set(net.nodes.cidrs())
-            and IPAddress(net.nodes.first) <= IPAddress(net.stores.last)
-            and IPAddress(net.stores.first) <= IPAddress(net.nodes.last)
-        ):
+            for edge in sorted(edge for edge in edges if edge in addresses):
+                yield ("network", name), f"{addresses} takes in {edge}, which no machine may have; leave it out"
+        if net.nodes.first <= net.stores.last and net.stores.first <= net.nodes.last:
             yield ("network", "stores"), f"{net.stores} overlaps nodes ({net.nodes}); give each a range of its own"
-        singles = {("network", "controller"): net.controller} | {("vips", k): v for k, v in self.vips.items()}
-        for place, address in singles.items():
+        here: dict[Place, Any] = {("network", "controller"): net.controller}
+        if net.gateway:
+            here["network", "gateway"] = net.gateway
+        vips: dict[Place, Any] = {("vips", name): address for name, address in self.vips.items()}
+        resolvers: dict[Place, Any] = {
+            ("network", "resolvers", str(i)): address for i, address in enumerate(net.resolvers)
+        }
+        for place, address in (here | vips).items():
             if address not in net.cidr:
                 yield place, f"{address} is not inside {net.cidr}; choose an address of that network"
+            elif address in edges:
+                yield place, f"{address} is one that no machine in {net.cidr} may have; choose another"
+        for place, address in (here | vips | resolvers).items():
             for name, addresses in ranges.items():
                 if address in addresses:
                     yield place, f"{address} lies in network.{name} ({addresses}); choose one outside of it"
-        for name, vip in self.vips.items():
-            if vip == net.controller:
-                yield ("vips", name), f"{vip} is the controller's address; choose another"
-        if self.lab and (self.lab.outside in net.cidr or net.cidr in self.lab.outside):
-            yield ("lab", "outside"), f"{self.lab.outside} overlaps network.cidr ({net.cidr}); choose another network"
+        for place, vip in vips.items():
+            for other, address in (here | resolvers).items():
+                if vip == address:
+                    yield place, f"{vip} is {'.'.join(other)} already; choose a free address"
+        for i, domain in enumerate(self.domains):
+            if domain in self.domains[:i]:
+                yield ("domains", str(i)), f"{domain} stands in the list twice; keep one"
+        if self.lab:
+            yield from self._lab_problems(self.lab)
+
+    def _lab_problems(self, lab: Lab) -> Iterator[Problem]:
+        if lab.outside in self.network.cidr or self.network.cidr in lab.outside:
+            yield (
+                ("lab", "outside"),
+                f"{lab.outside} overlaps network.cidr ({self.network.cidr}); choose another network",
+            )
+        if lab.outside.prefixlen > 28:
+            yield ("lab", "outside"), f"{lab.outside} is too small for the rest of the world; a /28 is the least"
+        for i, address in enumerate(lab.listed):
+            if address not in lab.outside:
+                yield (
+                    ("lab", "listed", str(i)),
+                    f"{address} is not in lab.outside ({lab.outside}); choose one of that network",
+                )
+
+    def _class_problems(self) -> Iterator[Problem]:
+        for klass, entry in self.classes.items():
+            place = ("classes", klass, "tiers")
+            for tier in entry.tiers:
+                for needed, why in roles.NEEDS.get(tier, {}).items():
+                    if needed not in entry.tiers:
+                        yield place, f"{tier} needs {needed} on the same node ({why}); add {needed}"
+                for other, why in roles.CONFLICTS.get(tier, {}).items():
+                    if other in entry.tiers:
+                        yield place, f"{tier} and {other} cannot share a node ({why}); give each a class of its own"
+            for tier, times in Counter(entry.tiers).items():
+                if times > 1:
+                    yield place, f"{tier} is listed twice; list it once"
+            # Groups of nodes are called after classes and after tiers; of one name there can be only one group.
+            if klass in roles.TIERS and klass not in ("base", *entry.tiers):
+                yield (
+                    ("classes", klass),
+                    f"{klass} is the name of a tier that this class does not carry; call it otherwise",
+                )
 
     def _node_problems(self) -> Iterator[Problem]:
+        net = self.network
         seen: dict[str, str] = {}
-        addresses: dict[str, str] = {}
+        owners: dict[int, str] = {}
         for key, entry in self.node_entries.items():
-            if not expand(key):
-                yield ("nodes", key), "the range is empty; write the smaller number first, like mail[1:3]"
             if entry.klass not in self.classes:
-                yield ("nodes", key, "class"), f"no class {entry.klass!r}; the classes are {', '.join(self.classes)}"
-            for name in expand(key):
-                if name in seen:
-                    yield ("nodes", key), f"{name} is named by {seen[name]!r} already; name every node once"
-                seen[name] = key
-        for node in self.nodes.values():
-            place = ("nodes", next((k for k in self.node_entries if node.name in expand(k)), node.name))
-            if node.address == "exhausted":
-                yield place, f"{node.name}: network.nodes ({self.network.nodes}) has no address left; widen it"
-            elif IPAddress(node.address) not in self.network.nodes:
-                yield place, f"{node.name}: {node.address} is not in network.nodes ({self.network.nodes})"
-            elif node.address in addresses:
-                yield place, f"{node.name}: {node.address} is {addresses[node.address]}'s already; choose a free one"
-            addresses[node.address] = node.name
-        for klass, definition in self.classes.items():
-            for tier in definition.tiers:
-                needed, why = roles.NEEDS.get(tier, ("", ""))
-                if needed and needed not in definition.tiers:
-                    yield ("classes", klass, "tiers"), f"{tier} needs {needed} on the same node ({why}); add {needed}"
-        for tier in ("directory", "store", "mx", "lb", "access"):
-            if not self.groups[tier]:
+                yield ("nodes", key, "class"), f"no class {entry.klass!r}; {did_you_mean(entry.klass, self.classes)}"
+        full = False
+        for key, name, address in self._places:
+            place = ("nodes", key)
+            if name in seen:
+                yield place, f"{name} is named by {seen[name]!r} already; name every node once"
+            elif not address:
+                full = True
+            elif not net.nodes.first <= address <= net.nodes.last:
+                where = IPAddress(address) if address < 2**32 else "an address beyond the last one there is"
+                yield place, f"{name}: {where} is not in network.nodes ({net.nodes}); choose one that is, or widen it"
+            elif address in owners:
+                yield place, f"{name}: {IPAddress(address)} is {owners[address]}'s already; choose a free one"
+            seen.setdefault(name, key)
+            owners.setdefault(address, name)
+        if full:
+            count = len(self._places)
+            reason = (
+                f"{net.nodes} holds {net.nodes.size} nodes, and this site has {count}: no address is left; widen it"
+            )
+            yield ("network", "nodes"), reason
+        carried = {
+            tier for entry in self.node_entries.values() if (c := self.classes.get(entry.klass)) for tier in c.tiers
+        }
+        for tier in roles.TIERS[1:]:
+            if tier not in carried:
                 yield ("nodes",), f"no node carries the tier {tier}; add a node of a class that does"
-        for name in self.directory.providers:  # type: ignore[attr-defined]
-            place = ("directory", "providers")
-            if name not in self.nodes:
-                yield place, f"no node {name!r}; name nodes of this site"
-            elif "directory" not in self.nodes[name].tiers:
+
+    def _name_problems(self) -> Iterator[Problem]:
+        taken = RESERVED | dict.fromkeys(roles.TIERS, "a tier's") | dict.fromkeys(self.classes, "a class's")
+        taken |= dict.fromkeys(self.vips, "a VIP's") | dict.fromkeys(self.store_entries, "a store's")
+        taken |= {f"ns{i}": "a resolver's" for i in range(1, len(self.network.resolvers) + 1)}
+        for key, name, _ in self._places:
+            if name in taken:
+                yield (
+                    ("nodes", key),
+                    f"the name {name} is {taken[name]}; call the node otherwise, for instance {name}-1",
+                )
+        longest = max((name for _, name, _ in self._places), key=len)
+        if len(f"{longest}.{self.domain}") > LONGEST_FQDN:
+            reason = f"{longest}.{self.domain} is longer than the {LONGEST_FQDN} characters that a host's name may have"
+            yield ("domains", "0"), f"{reason}; put a shorter domain first, which then names the nodes"
+
+    def _provider_problems(self) -> Iterator[Problem]:
+        place = ("directory", "providers")
+        for name in dict.fromkeys(self.directory.providers):
+            if name not in self._tiers_of:
+                yield place, f"no node {name!r}; {did_you_mean(name, self._tiers_of)}"
+            elif "directory" not in self._tiers_of[name]:
                 yield place, f"{name} does not carry the tier directory; choose another node or add the tier"
+            if self.directory.providers.count(name) > 1:
+                yield place, f"{name} is listed twice; list each node once"
 
     def _store_problems(self) -> Iterator[Problem]:
+        space = self.network.stores
+        numbers: dict[int, str] = {}
         for name, entry in self.store_entries.items():
-            if int(name[1:]) < 1 or int(name[1:]) > self.network.stores.size:
-                yield (
-                    ("stores", name),
-                    (
-                        f"network.stores ({self.network.stores}) holds {self.network.stores.size} stores, s01 to "
-                        f"s{self.network.stores.size:02d}; widen it or choose a lower number"
-                    ),
-                )
-            for role, member in [("primary", entry.primary), *(("replicas", replica) for replica in entry.replicas)]:
-                if member not in self.nodes:
-                    yield ("stores", name, role), f"no node {member!r}; name a node of this site"
-                elif "store" not in self.nodes[member].tiers:
+            number = int(name[1:])
+            if number in numbers:
+                yield ("stores", name), f"{numbers[number]} has the same number; give each store a number of its own"
+            numbers[number] = name
+            if not 1 <= number <= space.size:
+                reason = f"network.stores ({space}) has addresses for s01 to s{space.size:02d}"
+                yield ("stores", name), f"{reason}; widen it, or choose one of those"
+            for role, member in [
+                ("primary", entry.primary),
+                *(("replicas", name) for name in dict.fromkeys(entry.replicas)),
+            ]:
+                if member not in self._tiers_of:
+                    yield ("stores", name, role), f"no node {member!r}; {did_you_mean(member, self._tiers_of)}"
+                elif "store" not in self._tiers_of[member]:
                     yield ("stores", name, role), f"{member} does not carry the tier store; choose a node that does"
+                if entry.replicas.count(member) > 1:
+                    yield ("stores", name, role), f"{member} is listed twice; list each node once"
             if entry.primary in entry.replicas:
-                yield (
-                    ("stores", name, "replicas"),
-                    (f"{entry.primary} is the store's primary; a replica there dies with it: choose another node"),
-                )
-            if len(set(entry.replicas)) < len(entry.replicas):
-                yield ("stores", name, "replicas"), "a node is listed twice; list each once"
+                reason = f"{entry.primary} is the store's primary; a replica there dies with it: choose another node"
+                yield ("stores", name, "replicas"), reason
+
+    @cached_property
+    def _tiers_of(self) -> dict[str, list[str]]:
+        """What each node carries; nothing, if its class is unknown."""
+        tiers = {name: entry.tiers for name, entry in self.classes.items()}
+        return {name: tiers.get(self.node_entries[key].klass, []) for key, name, _ in self._places}
 
 
 @cache
@@ -397,8 +560,7 @@ def site_model() -> type[Site]:
     sections: dict[str, Any] = {}
     for tier in roles.TIERS:
         section = settings_model(tier)
-        if not section.model_fields:
-            continue
-        required = any(field.is_required() for field in section.model_fields.values())
-        sections[tier] = (section, ... if required else section())
+        if section.model_fields:
+            required = any(field.is_required() for field in section.model_fields.values())
+            sections[tier] = (section, ... if required else section())
     return create_model("Site", __base__=Site, **sections)
