@@ -24,13 +24,27 @@ from posthouse import roles
 from posthouse.model import Site
 
 SUITE = "trixie"
+RECIPE = 1  # goes up when what is done to a tree changes
 IMAGES = Path("/var/cache/posthouse/images")
 DEBS = Path("/var/cache/posthouse/debs")
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-# What a node needs before its roles come: systemd as PID 1, ssh and Python for Ansible, and tools for whoever looks inside.
-BASE = ("ca-certificates", "curl", "dbus", "iproute2", "iputils-ping", "less", "openssh-server", "procps",
-        "python3", "systemd", "systemd-sysv", "udev", "vim-tiny")
+# What a node needs before its roles come: systemd as PID 1, ssh and Python for Ansible, tools for whoever looks inside.
+BASE = (
+    "ca-certificates",
+    "curl",
+    "dbus",
+    "iproute2",
+    "iputils-ping",
+    "less",
+    "openssh-server",
+    "procps",
+    "python3",
+    "systemd",
+    "systemd-sysv",
+    "udev",
+    "vim-tiny",
+)
 
 # Enabled from the first boot; `disable *` keeps everything else down until the node's converge enables it.
 PRESET = """\
@@ -40,8 +54,13 @@ disable *
 """
 
 # Manuals and translations are for a workstation; without them the tree is smaller and unpacks faster.
-DPKG_OPTIONS = ("force-unsafe-io", "path-exclude=/usr/share/man/*", "path-exclude=/usr/share/info/*",
-                "path-exclude=/usr/share/locale/*", "path-exclude=/usr/share/lintian/*")
+DPKG_OPTIONS = (
+    "force-unsafe-io",
+    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/info/*",
+    "path-exclude=/usr/share/locale/*",
+    "path-exclude=/usr/share/lintian/*",
+)
 
 
 class ImageError(Exception):
@@ -64,8 +83,8 @@ def packages(site: Site, class_name: str) -> list[str]:
 
 def path(site: Site, class_name: str) -> Path:
     """Where the image of a class is, or will be once it is built."""
-    recipe = [SUITE, packages(site, class_name), PRESET, DPKG_OPTIONS, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
-    return IMAGES / f"{class_name}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
+    made_from = json.dumps([RECIPE, SUITE, packages(site, class_name), PRESET, DPKG_OPTIONS])
+    return IMAGES / f"{class_name}-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
 
 
 def build_all(site: Site) -> dict[str, Path]:
@@ -78,8 +97,8 @@ def build_all(site: Site) -> dict[str, Path]:
 def build(site: Site, class_name: str) -> Path:
     """The tree of a class, built if it is not there yet. Raises ImageError.
 
-    Builds of one image wait for each other. A build that dies, or whose caller is killed, leaves only a `.partial` tree,
-    which the next one removes.
+    Builds of one image wait for each other. A build that dies, or whose caller is killed, leaves only a
+    `.partial` tree, which the next one removes.
     """
     tree = path(site, class_name)
     if tree.exists():
@@ -104,16 +123,19 @@ def mirror() -> Mirror:
     `-updates` and `-security` are left out where the mirror does not carry them.
     """
     codename = _os_release()["VERSION_CODENAME"]
-    asked = subprocess.run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Identifier: Packages"],
-                           capture_output=True, text=True, check=False)
+    ask = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Identifier: Packages"]
+    asked = subprocess.run(ask, capture_output=True, text=True, check=False)
     found = [line.split() for line in asked.stdout.splitlines()]
     by_release = {release: _plain_uri(uri) for uri, release, component in reversed(found) if component == "main"}
     main = next((by_release[name] for name in (codename, SUITE, "stable", "oldstable") if name in by_release), None)
     if not main:
-        raise ImageError("apt: its sources name no Debian suite with the component main; add one to /etc/apt/sources.list.d")
+        raise ImageError(
+            "apt: its sources name no Debian mirror with the component main; add one to /etc/apt/sources.list.d"
+        )
     security = next((uri for release, uri in by_release.items() if release.endswith("-security")), None)
     wanted = [(main, SUITE), (main, f"{SUITE}-updates"), *([(security, f"{SUITE}-security")] if security else [])]
-    sources = [f"deb [signed-by={KEYRING}] {uri} {suite} main" for uri, suite in wanted if suite == SUITE or _reachable(uri, suite)]
+    there = [(uri, suite) for uri, suite in wanted if suite == SUITE or _reachable(uri, suite)]
+    sources = [f"deb [signed-by={KEYRING}] {uri} {suite} main" for uri, suite in there]
     dump = subprocess.run(["apt-config", "dump", "--no-empty"], capture_output=True, text=True, check=True).stdout
     # How to reach the mirror, and how old its index may be, are as true for the image as for this machine.
     kept = ("Acquire::Check-Valid-Until ", "Acquire::Check-Date ", "Acquire::http::", "Acquire::https::")
@@ -122,24 +144,44 @@ def mirror() -> Mirror:
 
 def _bootstrap(tree: Path, names: list[str], log: Path) -> None:
     source = mirror()
-    # The build must not outlive its caller, or a second one would find a tree that still changes: `setpriv` kills it with
-    # its parent, and the pid namespace takes every maintainer script along.
-    command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child=KILL",
-               "mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory", "--skip=essential/unlink",
-               f"--include={','.join(names)}", '--aptopt=Acquire::Languages "none"',
-               *(f"--aptopt={option.rstrip(';')}" for option in source.options),
-               *(f"--dpkgopt={option}" for option in DPKG_OPTIONS),
-               # Downloads are shared by hard links: apt checks their digests, and fetches only what is not there.
-               f'--setup-hook=mkdir -p "$1/var/cache/apt/archives" && find {DEBS} -name "*.deb" '
-               '-exec cp -l --target-directory="$1/var/cache/apt/archives" {} +',
-               f'--customize-hook=find "$1/var/cache/apt/archives" -name "*.deb" -exec cp -lf --target-directory={DEBS} {{}} +',
-               SUITE, str(tree), "-"]
+    # The build must not outlive its caller, or a second one would find a tree that still changes: `setpriv` kills it
+    # with its parent, and the pid namespace takes every maintainer script along.
+    bound = [
+        "setpriv",
+        "--pdeathsig=KILL",
+        "unshare",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "--kill-child=KILL",
+    ]
+    archives = '"$1/var/cache/apt/archives"'
+    command = [
+        *bound,
+        "mmdebstrap",
+        "--mode=root",
+        "--variant=minbase",
+        "--format=directory",
+        "--skip=essential/unlink",
+        f"--include={','.join(names)}",
+        '--aptopt=Acquire::Languages "none"',
+        *(f"--aptopt={option.rstrip(';')}" for option in source.options),
+        *(f"--dpkgopt={option}" for option in DPKG_OPTIONS),
+        # Downloads are shared by hard links: apt checks their digests, and fetches only what is not there.
+        f"--setup-hook=mkdir -p {archives} && find {DEBS} -name '*.deb' -exec cp -l -t {archives} {{}} +",
+        f"--customize-hook=find {archives} -name '*.deb' -exec cp -lf -t {DEBS} {{}} +",
+        SUITE,
+        str(tree),
+        "-",
+    ]
     with log.open("w") as out:
-        done = subprocess.run(command, input="".join(f"{line}\n" for line in source.sources), text=True, stdout=out, stderr=subprocess.STDOUT, check=False)
+        lines = "".join(f"{line}\n" for line in source.sources)
+        done = subprocess.run(command, input=lines, text=True, stdout=out, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         errors = [line for line in log.read_text().splitlines() if line.startswith("E:")][:3]
-        raise ImageError(f"{tree.name.removesuffix('.partial')}: mmdebstrap failed: {'; '.join(errors) or 'no reason given'}\n"
-                         f"  the whole log: {log}")
+        reason = "; ".join(errors) or f"exit status {done.returncode}"
+        raise ImageError(f"{tree.name.removesuffix('.partial')}: mmdebstrap failed: {reason}\n  the whole log: {log}")
 
 
 def _strip(tree: Path) -> None:
@@ -153,8 +195,15 @@ def _strip(tree: Path) -> None:
     for script in sorted(tree.glob("etc/init.d/*")):
         if script.name not in native:
             subprocess.run([*inside, "update-rc.d", script.name, "disable"], check=True, capture_output=True)
-    for pattern in ("etc/ssh/ssh_host_*", "etc/hostname", "etc/resolv.conf", "etc/ssl/private/ssl-cert-snakeoil.key",
-                    "var/lib/dbus/machine-id", "var/lib/systemd/random-seed", "var/log/*.log"):
+    for pattern in (
+        "etc/ssh/ssh_host_*",
+        "etc/hostname",
+        "etc/resolv.conf",
+        "etc/ssl/private/ssl-cert-snakeoil.key",
+        "var/lib/dbus/machine-id",
+        "var/lib/systemd/random-seed",
+        "var/log/*.log",
+    ):
         for file in tree.glob(pattern):
             file.unlink()
     (tree / "etc/machine-id").write_text("")

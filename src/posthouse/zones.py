@@ -25,25 +25,38 @@ def zones(site: Site, dkim: Sequence[dict[str, str]] = (), serial: int = 1) -> d
     shared: dict[str, Any] = {
         "serial": serial,
         "domain": site.domain,
-        "name_servers": [{"name": f"ns{i}.{site.domain}", "address": str(address)} for i, address in enumerate(site.network.resolvers, 1)],
+        "name_servers": [
+            {"name": f"ns{i}.{site.domain}", "address": str(address)}
+            for i, address in enumerate(site.network.resolvers, 1)
+        ],
         "spf": _spf(site),
     }
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for domain in site.domains:
-        keys = [{"name": f"{key['selector']}._domainkey", "text": quoted(key["record"])} for key in dkim if key["domain"] == domain]
-        found[domain] = "domain", {"name": domain, "addresses": records if domain == site.domain else vips, "dkim": keys}
+        keys = [
+            {"name": f"{key['selector']}._domainkey", "text": quoted(key["record"])}
+            for key in dkim
+            if key["domain"] == domain
+        ]
+        addresses = records if domain == site.domain else vips
+        found[domain] = "domain", {"name": domain, "addresses": addresses, "dkim": keys}
     pointers = {address: f"{name}.{site.domain}" for name, address in records.items()}
     found |= _reverse(site.network.cidr, pointers)
     if site.lab:
         hosts = {f"host-{address.words[-1]}": str(address) for address in list(site.lab.outside[1:255])}
         mx = str(site.lab.outside[min(25, site.lab.outside.size - 2)])
         hosts |= {"mx": mx}
-        listed = [{"name": _reversed(address), "address": address} for address in ["127.0.0.2", *map(str, site.lab.listed)]]
+        on_list = ["127.0.0.2", *map(str, site.lab.listed)]
+        listed = [{"name": ".".join(reversed(address.split("."))), "address": address} for address in on_list]
         found[WORLD] = "world", {"addresses": hosts, "network": str(site.lab.outside)}
         found |= _reverse(site.lab.outside, {address: f"{name}.{WORLD}" for name, address in hosts.items()})
         found[f"dnsbl.{site.domain}"] = "dnsbl", {"listed": listed}
         found["."] = "root", {}
-    return {name: _environment().get_template(f"{template}.zone.j2").render(shared | own) for name, (template, own) in found.items()}
+    environment = _environment()
+    return {
+        name: environment.get_template(f"{template}.zone.j2").render(shared | own)
+        for name, (template, own) in found.items()
+    }
 
 
 def quoted(text: str) -> str:
@@ -62,7 +75,7 @@ def _addresses(site: Site) -> dict[str, str]:
 
 
 def _spf(site: Site) -> str:
-    """Who may send the domains' mail: the outbound nodes' addresses, merged, so that receivers need no further look-up."""
+    """Who may send the domains' mail: the outbound nodes' addresses; names would cost receivers further look-ups."""
     merged = cidr_merge([IPAddress(node.address) for node in site.groups["outbound"]])
     terms = [f"ip4:{network.ip if network.prefixlen == 32 else network}" for network in merged]
     return quoted(" ".join(["v=spf1", *terms, "-all"]))
@@ -75,13 +88,11 @@ def _reverse(network: IPNetwork, pointers: dict[str, str]) -> dict[str, tuple[st
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for part in parts:
         inside = {address: name for address, name in pointers.items() if IPAddress(address) in part}
-        labels = [{"label": ".".join(reversed(address.split(".")[octets:])), "name": name} for address, name in inside.items()]
+        labels = [
+            {"label": ".".join(reversed(address.split(".")[octets:])), "name": name} for address, name in inside.items()
+        ]
         found[".".join(reversed(str(part.ip).split(".")[:octets])) + ".in-addr.arpa"] = "reverse", {"pointers": labels}
     return found
-
-
-def _reversed(address: str) -> str:
-    return ".".join(reversed(address.split(".")))
 
 
 @cache

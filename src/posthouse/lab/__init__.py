@@ -33,7 +33,19 @@ from posthouse.lab.requirements import ensure as ensure_requirements
 from posthouse.model import Site
 from posthouse.secrets import Secrets
 
-__all__ = ["LabError", "command", "down", "ensure_requirements", "enter", "kill", "refresh", "shell", "start", "status", "up"]
+__all__ = [
+    "LabError",
+    "command",
+    "down",
+    "ensure_requirements",
+    "enter",
+    "kill",
+    "refresh",
+    "shell",
+    "start",
+    "status",
+    "up",
+]
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +59,7 @@ def up(site: Site, secrets: Secrets) -> dict[str, str]:
     any more go. Returns when sshd answers on each.
     """
     if not site.lab:
-        raise LabError(f"{site.name}: this site does not run in the lab; give it a `lab:` section, as inventory/lab/site.yml has")
+        raise LabError(f"{site.name}: not a site of the lab; give it a `lab:` section, as inventory/lab/site.yml has")
     layout = Layout(site.name)
     images = image.build_all(site)
     with _locked(layout):
@@ -73,7 +85,8 @@ def up(site: Site, secrets: Secrets) -> dict[str, str]:
                 return name, "kept"
             if new:
                 nodes.stop(layout, name)
-                nodes.make(layout, node, images[site.nodes[name].klass], secrets.ssh["public"], secrets.ssh["host_keys"][name])
+                keys = secrets.ssh
+                nodes.make(layout, node, images[site.nodes[name].klass], keys["public"], keys["host_keys"][name])
             _boot(layout, node)
             log.info("%s: up", name)
             return name, "made" if new else "started"
@@ -122,7 +135,7 @@ def status(name: str) -> list[dict[str, Any]]:
 
 
 def kill(name: str, node: str) -> None:
-    """Cuts the power of a node: nothing is shut down, and what /srv had not yet written is lost. `start` or `up` boots it."""
+    """Cuts the power of a node: nothing is shut down, and what /srv had not yet written is lost."""
     layout = Layout(name)
     with _locked(layout):
         nodes.cut_power(layout, nodes.load(layout, node).name)
@@ -143,21 +156,27 @@ def shell(name: str, node: str) -> int:
 
 
 def command(name: str, node: str) -> list[str]:
-    """What to put before a command to run it on a node as root, without ssh. Raises LabError if the node does not run."""
+    """What to put before a command to run it on a node as root, without ssh. Raises LabError if it does not run."""
     layout = Layout(name)
     leader = processes.leader(layout.node_cgroup(nodes.load(layout, node).name))
     if not leader:
         raise LabError(f"{name}: {node} does not run; start it with: posthouse lab up {name}")
-    clean = ["env", "-i", "HOME=/root", "LANG=C.UTF-8", f"TERM={os.environ.get('TERM', 'dumb')}",
-             "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+    clean = [
+        "env",
+        "-i",
+        "HOME=/root",
+        "LANG=C.UTF-8",
+        f"TERM={os.environ.get('TERM', 'dumb')}",
+        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    ]
     return ["nsenter", f"--target={leader}", "--all", "--wdns=/root", *clean]
 
 
 def enter(name: str) -> None:
-    """Moves this process into the lab's network, where it is the site's controller. What it starts from now on is there, too.
+    """Moves this process, and what it starts from now on, into the lab's network, where it is the site's controller.
 
-    Call it before any thread is started. Names are still looked up where the machine does; sockets may bind any address of
-    `lab.outside` to speak as a stranger.
+    Call it before any thread is started. Names are still looked up where the machine does; sockets may bind any
+    address of `lab.outside` to speak as a stranger.
     """
     network.enter(Layout(name).namespace)
 
@@ -165,13 +184,14 @@ def enter(name: str) -> None:
 def _hub(layout: Layout, site: Site, secrets: Secrets) -> None:
     """The controller's side of the lab: its network, name server and updates."""
     assert site.lab
-    addresses = list(dict.fromkeys(str(address) for address in (site.network.controller, site.network.gateway) if address))
+    controller = str(site.network.controller)
+    addresses = list(dict.fromkeys([controller, str(site.network.gateway or controller)]))
     if network.make_hub(layout, addresses, site.network.cidr.prefixlen, str(site.lab.outside)):
         processes.end(layout.services)  # those of a hub that is no more
     layout.resolver.mkdir(parents=True, exist_ok=True)
-    (layout.resolver / "resolv.conf").write_text(f"nameserver {site.network.controller}\nsearch {site.domain}\n")
+    (layout.resolver / "resolv.conf").write_text(f"nameserver {controller}\nsearch {site.domain}\n")
     dns.start(layout, site, secrets)
-    updates.start(layout, str(site.network.controller))
+    updates.start(layout, controller)
 
 
 def _boot(layout: Layout, node: nodes.Node) -> None:
@@ -179,7 +199,8 @@ def _boot(layout: Layout, node: nodes.Node) -> None:
     if not nodes.wait_for_ssh(layout, node, BOOT_SECONDS):
         console = layout.node_state(node.name) / "console"
         last = "\n".join(f"  {line}" for line in console.read_text(errors="replace").splitlines()[-8:])
-        state = "its sshd does not answer" if processes.running(layout.node_cgroup(node.name)) else "it ended while it booted"
+        runs = processes.running(layout.node_cgroup(node.name))
+        state = "its sshd does not answer" if runs else "it ended while it booted"
         raise LabError(f"{node.name}: {state}; {console} ends with:\n{last}")
 
 

@@ -1,4 +1,4 @@
-"""The lab's name server: knot on the controller's address, which answers for the site, for the outside world, and for all else."""
+"""The lab's name server: knot on the controller's address. It answers for the site, the outside world, and all else."""
 
 from __future__ import annotations
 
@@ -50,16 +50,17 @@ def start(layout: Layout, site: Site, secrets: Secrets) -> None:
         last.write_text(str(serial))
     config = _CONFIG.format(runtime=layout.runtime, state=layout.state, address=site.network.controller)
     config += "".join(f'  - domain: "{name.removesuffix(".zone") or "."}"\n    file: "{name}"\n' for name in wanted)
-    (layout.state / "knot.conf").write_text(config)
+    file = layout.state / "knot.conf"
+    file.write_text(config)
+    run(["knotc", "--config", str(file), "zone-check"])
     group = layout.services / "dns"
     control = ["knotc", "--socket", str(layout.runtime / "knot.sock")]
     if processes.running(group):
         run([*control, "reload"])
         return
     processes.end(group)
-    run(["knotc", "--config", str(layout.state / "knot.conf"), "conf-check"])
-    processes.spawn(group, ["ip", "netns", "exec", layout.namespace, "knotd", "--config", str(layout.state / "knot.conf")],
-                    layout.state / "knot.log")
+    server = ["ip", "netns", "exec", layout.namespace, "knotd", "--config", str(file)]
+    processes.spawn(group, server, layout.state / "knot.log")
 
 
 def _files(texts: dict[str, str]) -> dict[str, str]:

@@ -1,10 +1,10 @@
-"""Where everything of a lab is. Every name derives from the lab's, so that `down` finds it also when all notes are lost.
+"""Where everything of a lab is. Every name derives from the lab's, so `down` finds it also when all notes are lost.
 
-    cgroup      posthouse-LAB/{services/…,nodes/NODE}   every process of the lab; killing a group kills all in it, whoever forked
-    namespaces  ph-LAB (the controller's: bridge, DNS, updates, the outside world), ph-LAB.NODE
-    state       /var/lib/posthouse/lab/LAB/{lab.json,zones,updates,nodes/NODE/{node.json,image,upper,work,srv.img,console}}
-    runtime     /run/posthouse/LAB/{nodes/NODE,knot.sock}   mount points and control sockets
-    mounts      only in the private mount namespace of each node's supervisor: they end with the node, however it ends
+cgroup      posthouse-LAB/{services/…,nodes/NODE}: every process of the lab; a group is killed whole, whoever forked
+namespaces  ph-LAB (the controller's: bridge, DNS, updates, the outside world), ph-LAB.NODE
+state       /var/lib/posthouse/lab/LAB/{zones,updates,nodes/NODE/{node.json,image,upper,work,srv.img,console}}
+runtime     /run/posthouse/LAB/{nodes/NODE,knot.sock}: mount points and control sockets
+mounts      only in a mount namespace of each node's own: they end with the node, however it ends
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Layout:
         return sorted(folder.parent.name for folder in self.state.glob("nodes/*/node.json"))
 
     def node_namespace(self, node: str) -> str:
-        """A node's network namespace, and the name of its container. The dot keeps lab `a-b` apart from node `b` of lab `a`."""
+        """A node's network namespace and container. The dot keeps lab `a-b` apart from node `b` of lab `a`."""
         return f"ph-{self.lab}.{node}"
 
     def node_state(self, node: str) -> Path:
@@ -80,7 +80,7 @@ class Layout:
 
 @cache
 def cgroup_mounts() -> list[Path]:
-    """Where cgroup hierarchies are mounted: v2 first, then those of v1 where a machine still has them. Raises LabError."""
+    """Where cgroup hierarchies are mounted: v2 first, then v1's where a machine still has them. Raises LabError."""
     found: dict[str, list[Path]] = {"cgroup2": [], "cgroup": []}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split()
@@ -88,15 +88,18 @@ def cgroup_mounts() -> list[Path]:
         if kind in found:
             found[kind].append(Path(fields[4]))
     if not found["cgroup2"]:
-        raise LabError("this machine: no cgroup v2 is mounted; mount it: mkdir -p /sys/fs/cgroup/unified && "
-                       "mount -t cgroup2 none /sys/fs/cgroup/unified")
+        raise LabError(
+            "this machine: no cgroup v2 is mounted; mount it: mkdir -p /sys/fs/cgroup/unified && "
+            "mount -t cgroup2 none /sys/fs/cgroup/unified"
+        )
     return found["cgroup2"] + found["cgroup"]
 
 
 def run(command: Sequence[str], text: str | None = None) -> str:
-    """Runs a command to its end, with `text` as its input, and returns its output. Raises LabError with what it complained of."""
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False,
-                          **({} if text is not None else {"stdin": subprocess.DEVNULL}))
+    """Runs a command to its end, with `text` as its input, and returns its output. Raises LabError."""
+    done = subprocess.run(command, input=text or "", capture_output=True, text=True, check=False)
     if done.returncode:
-        raise LabError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip() or f'exit status {done.returncode}'}")
+        raise LabError(
+            f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip() or f'exit status {done.returncode}'}"
+        )
     return done.stdout

@@ -55,7 +55,10 @@ def exists(namespace: str) -> bool:
 
 def of_lab(layout: Layout) -> list[str]:
     """All namespaces of a lab, the nodes' first."""
-    return [*sorted(path.name for path in NETNS.glob(f"{layout.namespace}.*")), *([layout.namespace] * exists(layout.namespace))]
+    return [
+        *sorted(path.name for path in NETNS.glob(f"{layout.namespace}.*")),
+        *([layout.namespace] * exists(layout.namespace)),
+    ]
 
 
 def pids(namespace: str) -> list[int]:
@@ -69,7 +72,9 @@ def make_hub(layout: Layout, addresses: list[str], prefixlen: int, outside: str)
     addresses: the controller's, and the nodes' default gateway if that is another one.
     """
     # The route comes last, so where it is, all the rest is.
-    whole = exists(layout.namespace) and outside in run(["ip", "-n", layout.namespace, "route", "show", "table", "local"])
+    whole = exists(layout.namespace) and outside in run(
+        ["ip", "-n", layout.namespace, "route", "show", "table", "local"]
+    )
     if whole:
         return False
     remove(layout.namespace)
@@ -81,7 +86,7 @@ def make_hub(layout: Layout, addresses: list[str], prefixlen: int, outside: str)
             (settings / "conf" / scope / "rp_filter").write_text("0")
     commands = [
         "link set lo up",
-        # An address of its own: a bridge otherwise takes the lowest one of its ports, and changes it as nodes come and go.
+        # An address of its own: a bridge otherwise takes the lowest of its ports', which changes as nodes come and go.
         f"link add {BRIDGE} address {_mac(addresses[0])} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
         *(f"addr add {address}/{prefixlen} dev {BRIDGE}" for address in addresses),
         f"link set {BRIDGE} addrgenmode none up",
@@ -97,16 +102,22 @@ def plug(layout: Layout, node: str, interface: str, address: str, prefixlen: int
     namespace = layout.node_namespace(node)
     run(["ip", "netns", "add", namespace])
     port = _port(node)
-    _batch(layout.namespace, [
-        f"link add {port} type veth peer name {interface} address {_mac(address)} netns {namespace}",
-        f"link set {port} master {BRIDGE} addrgenmode none up",
-    ])
-    _batch(namespace, [
-        "link set lo up",
-        f"link set {interface} addrgenmode none up",
-        f"addr add {address}/{prefixlen} dev {interface}",
-        f"route add default via {gateway}",
-    ])
+    _batch(
+        layout.namespace,
+        [
+            f"link add {port} type veth peer name {interface} address {_mac(address)} netns {namespace}",
+            f"link set {port} master {BRIDGE} addrgenmode none up",
+        ],
+    )
+    _batch(
+        namespace,
+        [
+            "link set lo up",
+            f"link set {interface} addrgenmode none up",
+            f"addr add {address}/{prefixlen} dev {interface}",
+            f"route add default via {gateway}",
+        ],
+    )
 
 
 def plugged(layout: Layout, node: str) -> bool:

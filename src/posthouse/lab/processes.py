@@ -12,17 +12,27 @@ from pathlib import Path
 from posthouse.lab.layout import LabError, cgroup_mounts
 
 
-def spawn(cgroup: Path, command: Sequence[str], log: Path, env: dict[str, str] | None = None, fds: Sequence[int] = ()) -> None:
+def spawn(
+    cgroup: Path, command: Sequence[str], log: Path, env: dict[str, str] | None = None, fds: Sequence[int] = ()
+) -> None:
     """Starts a process in a cgroup of its own and returns at once; its output goes to `log`.
 
     It has a session of its own, init as its parent and none of the caller's files but `fds`, so nothing that happens to
-    the caller reaches it. It joins the cgroup before it exists to anyone else: there is no moment at which it could be missed.
+    the caller reaches it. When this returns, it is in the cgroup: there is no moment at which it could be missed.
     """
     cgroup.mkdir(parents=True, exist_ok=True)
     join = 'echo $$ >"$0/cgroup.procs" && exec setsid --fork "$@"'
     with log.open("ab") as out:
-        done = subprocess.run(["sh", "-c", join, str(cgroup), *command], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                              env={**os.environ, **(env or {})}, pass_fds=fds, cwd="/", check=False)
+        done = subprocess.run(
+            ["sh", "-c", join, str(cgroup), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env={**os.environ, **(env or {})},
+            pass_fds=fds,
+            cwd="/",
+            check=False,
+        )
     if done.returncode:
         raise LabError(f"{command[0]} could not be started: see {log}")
 
@@ -58,7 +68,7 @@ def leader(cgroup: Path) -> int | None:
 
 
 def end(cgroup: Path) -> None:
-    """Kills everything in the group at once (nothing can fork its way out), waits for the last one, removes the group."""
+    """Kills everything in the group at once, so that nothing can fork its way out, and removes the group."""
     if cgroup.exists():
         (cgroup / "cgroup.kill").write_text("1")
         until(lambda: not running(cgroup), 20, f"{cgroup}: processes do not end after SIGKILL; see cgroup.procs there")
@@ -70,7 +80,7 @@ def end(cgroup: Path) -> None:
 
 
 def end_by_namespace(found: Sequence[int]) -> None:
-    """Kills processes that came into a lab's namespaces from outside, such as a forgotten ssh; the caller's own line is spared."""
+    """Kills processes that came into a namespace from outside, such as ssh; the caller and its parents are spared."""
     line = {os.getpid()}
     pid = os.getpid()
     while pid > 1:

@@ -1,7 +1,7 @@
 """The process behind `updates`: a plain web server, and a proxy that fetches from the machine's Debian mirror only.
 
-Its listeners are handed to it, from inside the lab's network; its own connections leave from the machine's. It needs nothing
-but the standard library and is run by its path, so that it starts at once.
+Its listeners are handed to it, from inside the lab's network; its own connections leave from the machine's. It needs
+nothing but the standard library and is run by its path, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -72,8 +72,10 @@ def main() -> None:
     parser.add_argument("proxy", type=int, help="descriptor of the proxy's listener")
     given = parser.parse_args()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(given.proxies))
-    for descriptor, handler in ((given.web, functools.partial(Files, directory=given.folder)),
-                                (given.proxy, functools.partial(Mirror, given.mirrors, opener))):
+    for descriptor, handler in (
+        (given.web, functools.partial(Files, directory=given.folder)),
+        (given.proxy, functools.partial(Mirror, given.mirrors, opener)),
+    ):
         listener = socket.socket(fileno=descriptor)
         server = http.server.ThreadingHTTPServer(listener.getsockname(), handler, bind_and_activate=False)
         server.socket.close()
