@@ -49,6 +49,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
 BOOT_SECONDS = 90  # a node boots in two; a machine busy with other things takes its time
 
 
@@ -62,6 +63,9 @@ def up(site: Site, secrets: Secrets) -> dict[str, str]:
         raise LabError(f"{site.name}: not a site of the lab; give it a `lab:` section, as inventory/lab/site.yml has")
     layout = Layout(site.name)
     images = image.build_all(site)
+    # Each node's systemd watches files; the kernel's default, for one user's desktop, is used up by some twenty nodes.
+    if int(INOTIFY.read_text()) < 8192:
+        INOTIFY.write_text("8192")
     with _locked(layout):
         _hub(layout, site, secrets)
         for gone in set(layout.nodes) - set(site.nodes):

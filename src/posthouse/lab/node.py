@@ -18,12 +18,15 @@ from posthouse.lab import network, processes
 from posthouse.lab.layout import NETNS, LabError, Layout, run
 
 # Mounts are made in a mount namespace of the supervisor's own: when the node ends, by whatever means, they are gone.
-# Mount events of the machine still come in, so that nothing unmounted outside is held here.
+# Mount events of the machine still come in, so that nothing unmounted outside is held here. nspawn's notes about the
+# container go the same way.
 _BOOT = """
 set -e
 mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" "$3"
 mkdir -p "$3/srv"
 mount -o loop "$2/srv.img" "$3/srv"
+mkdir -p /run/systemd/nspawn
+mount -t tmpfs tmpfs /run/systemd/nspawn
 shift 3
 exec systemd-nspawn "$@"
 """
