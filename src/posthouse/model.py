@@ -74,7 +74,7 @@ def _tier(value: str) -> str:
 
 
 def _node_names(value: str) -> str:
-    match = re.fullmatch(r"([a-z][a-z0-9-]{0,30})\[(\d{1,9}):(\d{1,9})\]", value)
+    match = re.fullmatch(r"([a-z][a-z0-9-]{0,30})\[(\d{1,99}):(\d{1,99})\]", value)
     if not match:
         return _checked(NAME, "the name of a node; write it like mail1, or mail[1:3] for three of them")(value)
     count = int(match[3]) - int(match[2]) + 1
@@ -490,12 +490,10 @@ class Site(Strict):
                 f"{net.nodes} holds {net.nodes.size} nodes, and this site has {count}: no address is left; widen it"
             )
             yield ("network", "nodes"), reason
-        carried = {
-            tier for entry in self.node_entries.values() if (c := self.classes.get(entry.klass)) for tier in c.tiers
-        }
-        for tier in roles.TIERS[1:]:
-            if tier not in carried:
-                yield ("nodes",), f"no node carries the tier {tier}; add a node of a class that does"
+        carried = {tier for tiers in self._tiers_of.values() for tier in tiers}
+        lacking = [tier for tier in roles.TIERS[1:] if tier not in carried]
+        if lacking:
+            yield ("nodes",), f"no node carries {', '.join(lacking)}; add nodes of a class that does"
 
     def _name_problems(self) -> Iterator[Problem]:
         taken = RESERVED | dict.fromkeys(roles.TIERS, "a tier's") | dict.fromkeys(self.classes, "a class's")
@@ -549,9 +547,9 @@ class Site(Strict):
 
     @cached_property
     def _tiers_of(self) -> dict[str, list[str]]:
-        """What each node carries; nothing, if its class is unknown."""
+        """What each node carries; everything, if its class is unknown: that is one problem and not many."""
         tiers = {name: entry.tiers for name, entry in self.classes.items()}
-        return {name: tiers.get(self.node_entries[key].klass, []) for key, name, _ in self._places}
+        return {name: tiers.get(self.node_entries[key].klass, [*roles.TIERS]) for key, name, _ in self._places}
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import cached_property
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -63,7 +63,7 @@ class Document:
     """
 
     def __init__(self, text: str) -> None:
-        self.data: dict[Any, Any] = {}
+        self.problems: list[Problem] = []
         self._lines: dict[Place, int] = {}
         loader: yaml.CSafeLoader | None = None
         try:
@@ -72,16 +72,15 @@ class Document:
             root = loader.get_single_node()
             if not isinstance(root, yaml.MappingNode):
                 raise NotYaml("line 1: the file must be a mapping of keys and values; start with `key: value`")
-            self.problems = list(self._walk(root, (), set()))
-            self.data = loader.construct_document(root)
+            self._walk(loader, root, (), set())
+            self.data: dict[Any, Any] = loader.construct_document(root)
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            raise NotYaml(
+                f"line {line}: not YAML: a character that no text has (#x{error.character:02x}); take it out"
+            ) from None
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            line = f"line {mark.line + 1}: " if mark else ""
-            tab = "; indent with spaces, not tabs" if "'\\t'" in (error.problem or "") else ""
-            raise NotYaml(f"{line}not YAML: {error.problem or error.context}{tab}") from None
-        except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-            # A value that looks like a date or a number of YAML's and is none.
-            raise NotYaml(f"not YAML: {' '.join(str(error).split())}; put quotes around what is text") from None
+            raise NotYaml(_not_yaml(text, error)) from None
         finally:
             if loader:
                 loader.dispose()
@@ -105,22 +104,30 @@ class Document:
             _take_out(self.data, tuple(part for part in details["loc"] if part != "[key]"))
         return self.data
 
-    def _walk(self, node: yaml.Node, place: Place, seen: set[int]) -> Iterator[Problem]:
-        """Notes the line of every key. An anchor is walked once: it may be repeated, or hold itself."""
+    def _walk(self, loader: yaml.CSafeLoader, node: yaml.Node, place: Place, seen: set[int]) -> None:
+        """Notes the line of every key, and the keys that stand twice. An anchor is walked once: it may hold itself."""
         if id(node) in seen:
             return
         seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            try:
+                loader.construct_object(node)
+            except (ValueError, OverflowError) as error:  # it looks like a date or a number of YAML's, and is none
+                line = node.start_mark.line + 1
+                reason = f"{reprlib.repr(node.value)}: {error}; put quotes around what is text"
+                raise NotYaml(f"line {line}: {'.'.join(place)}: {reason}") from None
         if isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
                 self._lines[(*place, str(i))] = item.start_mark.line + 1
-                yield from self._walk(item, (*place, str(i)), seen)
+                self._walk(loader, item, (*place, str(i)), seen)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 here = (*place, str(key.value))
                 if here in self._lines:
-                    yield here, f"the key stands twice (first on line {self._lines[here]}); keep one"
+                    self.problems.append((here, f"the key stands twice (first on line {self._lines[here]}); keep one"))
+                else:
+                    self._walk(loader, value, here, seen)
                 self._lines[here] = key.start_mark.line + 1
-                yield from self._walk(value, here, seen)
 
 
 def did_you_mean(value: Any, known: Collection[str]) -> str:
@@ -179,6 +186,17 @@ def _take_out(data: Any, place: tuple[int | str, ...]) -> None:
         del data[place[-1]]
     except (LookupError, TypeError):
         pass  # a key that is missing, or below something that is out already
+
+
+def _not_yaml(text: str, error: yaml.MarkedYAMLError) -> str:
+    """What YAML says of a text that it cannot read, with the line and a fix."""
+    mark = error.problem_mark or error.context_mark
+    line = mark.line if mark else 0
+    reason = ", ".join(part for part in (error.context, error.problem) if part)
+    fix = "close what is open, or put quotes around what is text"
+    if "\t" in "".join(text.splitlines()[line : line + 1]):
+        fix = "indent with spaces, not tabs"
+    return f"line {line + 1}: not YAML: {reason}; {fix}"
 
 
 def _check_depth(text: str) -> None:
