@@ -349,19 +349,25 @@ class Site(Strict):
 
     def sources(self, names: list[str]) -> list[str]:
         """Addresses behind the words of a manifest's `from`: tiers, `nodes`, `controller`, or `any` (an empty list)."""
-        if "any" in names:
-            return []
-        found = set()
-        for name in names:
-            if name == "controller":
-                found.add(str(self.network.controller))
-            else:
-                members = self.nodes.values() if name == "nodes" else self.groups[name]
-                found.update(node.address for node in members)
+        key = frozenset(names)
+        if key not in self._sources:
+            self._sources[key] = [] if "any" in key else [str(address) for address in sorted(self._addresses(key))]
+        return self._sources[key]
+
+    @cached_property
+    def _sources(self) -> dict[frozenset[str], list[str]]:
+        """What `sources` found before: every node asks for the same few sets, and in a large site they are large."""
+        return {}
+
+    def _addresses(self, names: Set[str]) -> set[IPAddress]:
+        found = {self.network.controller} if "controller" in names else set()
+        for name in names - {"controller"}:
+            members = self.nodes.values() if name == "nodes" else self.groups[name]
+            found.update(IPAddress(node.address) for node in members)
         # A store's answers and its replication may come from its service address, which lives on a store node.
-        if {"store", "nodes"} & set(names):
-            found.update(store.address for store in self.stores.values())
-        return [str(IPAddress(address)) for address in sorted(IPAddress(a) for a in found)]
+        if {"store", "nodes"} & names:
+            found.update(IPAddress(store.address) for store in self.stores.values())
+        return found
 
     def firewall(self, node: Node) -> list[dict[str, Any]]:
         """What the node's tiers let in: [{"port" or "protocol": …, "sources": [address…], empty for any}]."""

@@ -8,9 +8,13 @@ lacks, and renews certificates that no longer fit.
 from __future__ import annotations
 
 import base64
+import copy
+import fcntl
 import ipaddress
 import os
 import secrets as random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +34,7 @@ from posthouse.sitefile import INVENTORY
 
 RENEW_BEFORE = timedelta(days=30)
 DKIM_SELECTOR = "ph1"
+EMPTY: dict[str, Any] = {"passwords": {}, "ca": {}, "nodes": {}, "ssh": {}, "dkim": {}}
 
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 
@@ -68,11 +73,18 @@ class Secrets:
         ]
 
     def for_node(self, node: Node) -> dict[str, Any]:
-        """The template variables `secrets`, `tls` and `dkim` of a node: what its tiers declare and nothing more."""
-        names = {name for tier in node.tiers for name in roles.manifest(tier).get("secrets", [])}
-        certificate = self.data["nodes"][node.name]
+        """The template variables `secrets`, `tls` and `dkim` of a node: what its tiers declare and nothing more.
+
+        Raises SecretsError if they were made before the site had this node, or its tiers this need.
+        """
+        names = sorted({name for tier in node.tiers for name in roles.manifest(tier).get("secrets", [])})
+        certificate = self.data["nodes"].get(node.name)
+        lacking = [name for name in names if name not in self.data["passwords"]]
+        if lacking or not certificate:
+            what = f"the password {lacking[0]}" if lacking else "a certificate"
+            raise SecretsError(f"{node.name}: the site's secrets lack {what}; posthouse deploy adds what is missing")
         return {
-            "secrets": {name: self.data["passwords"][name] for name in sorted(names)},
+            "secrets": {name: self.data["passwords"][name] for name in names},
             "tls": {"ca": self.ca_cert, "cert": certificate["cert"], "key": certificate["key"]},
             "dkim": self.dkim if "outbound" in node.tiers else [],
         }
@@ -89,41 +101,82 @@ def load(site: Site) -> Secrets:
     path, password_file = files(site)
     try:
         text = path.read_bytes()
-        vault = _vault(password_file)
+    except FileNotFoundError:
+        raise SecretsError(
+            f"{path}: not there; if the site had secrets, put the file back from a backup, else make them with: "
+            f"posthouse deploy {site.name}"
+        ) from None
     except OSError as error:
-        raise SecretsError(
-            f"{error.filename}: {error.strerror}; make the secrets with: posthouse init {site.name}, "
-            "or put the file back from a backup"
-        ) from None
+        raise SecretsError(f"{path}: {error.strerror}; make it a file that you may read") from None
+    vault = _vault(password_file)
     try:
-        data = yaml.safe_load(vault.decrypt(text))
-        assert set(data) == {"passwords", "ca", "nodes", "ssh", "dkim"}
-    except (AnsibleError, yaml.YAMLError, AssertionError, TypeError, ValueError):
+        data = yaml.load(vault.decrypt(text), Loader=yaml.CSafeLoader)
+    except (AnsibleError, yaml.YAMLError, ValueError):
         raise SecretsError(
-            f"{path}: cannot be decrypted with the password in {password_file}: the file is cut short or "
-            "changed, or the password is another one; put both back from a backup"
+            f"{path}: cannot be decrypted with the password in {password_file}: the file is cut short or changed, or "
+            "the password is another one; put both back from a backup"
         ) from None
+    if not isinstance(data, dict) or set(data) != set(EMPTY):
+        raise SecretsError(f"{path}: does not hold {', '.join(EMPTY)}; put it back from a backup")
     return Secrets(data)
 
 
 def ensure(site: Site) -> Secrets:
     """Opens the secrets of a site and adds what is missing or due, for instance for a new node. Raises SecretsError."""
     path, password_file = files(site)
-    if path.exists():
-        data = load(site).data
-    else:
-        data = {"passwords": {}, "ca": {}, "nodes": {}, "ssh": {}, "dkim": {}}
-    before = yaml.safe_dump(data)
+    try:
+        with _locked(path.parent):
+            data = load(site).data if path.exists() else copy.deepcopy(EMPTY)
+            before = copy.deepcopy(data)
+            _complete(site, data)
+            if data != before:
+                if not password_file.exists() and "ANSIBLE_VAULT_PASSWORD_FILE" not in os.environ:
+                    _write(password_file, random.token_urlsafe(32) + "\n")
+                text = yaml.dump(data, Dumper=yaml.CSafeDumper)
+                _write(path, _vault(password_file).encrypt(text).decode())
+    except OSError as error:
+        raise SecretsError(f"{error.filename}: {error.strerror}; the secrets stay as they were") from None
+    return Secrets(data)
+
+
+def placeholders(site: Site) -> Secrets:
+    """Secrets of the same kind that belong to nobody, for files that others may read. Every call makes new keys."""
+    names = {name for tier in roles.TIERS for name in roles.manifest(tier).get("secrets", [])}
+    data = copy.deepcopy(EMPTY) | {"passwords": {name: f"placeholder-{name}" for name in sorted(names)}}
     _complete(site, data)
-    if yaml.safe_dump(data) != before:
-        if not password_file.exists():
-            _write(password_file, random.token_urlsafe(32) + "\n")
-        _write(path, _vault(password_file).encrypt(yaml.safe_dump(data)).decode())
     return Secrets(data)
 
 
 def _vault(password_file: Path) -> VaultLib:
-    return VaultLib([("default", VaultSecret(password_file.read_bytes().strip()))])
+    """What encrypts and decrypts with the password in a file. Raises SecretsError if that is no safe place for one."""
+    try:
+        mode = password_file.stat().st_mode
+        password = password_file.read_bytes().strip()
+    except FileNotFoundError:
+        raise SecretsError(
+            f"{password_file}: not there; put it back from a backup, or name the file that holds the password in "
+            "ANSIBLE_VAULT_PASSWORD_FILE"
+        ) from None
+    except OSError as error:
+        raise SecretsError(f"{password_file}: {error.strerror}; make it a file that you may read") from None
+    if mode & 0o077:
+        raise SecretsError(f"{password_file}: others may read it; run: chmod 600 {password_file}")
+    if mode & 0o100:
+        raise SecretsError(f"{password_file}: is a program; write the password itself into a file, and name that")
+    if not password:
+        raise SecretsError(f"{password_file}: is empty; put it back from a backup")
+    return VaultLib([("default", VaultSecret(password))])
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Two commands at once must not each make keys of their own."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _write(path: Path, text: str) -> None:
@@ -145,7 +198,7 @@ def _complete(site: Site, data: dict[str, Any]) -> None:
         data["ca"] = _authority(site)
     for node in site.nodes.values():
         names = certificate_names(site, node)
-        if not _fits(data["nodes"].get(node.name), names):
+        if not _fits(data["nodes"].get(node.name), node, names):
             data["nodes"][node.name] = _certificate(site, data["ca"], node, names)
     if not data["ssh"]:
         data["ssh"] = {**_ssh_key(f"posthouse@{site.domain}"), "host_keys": {}}
@@ -163,13 +216,15 @@ def certificate_names(site: Site, node: Node) -> list[str]:
     return [node.fqdn, *stores, *public]
 
 
-def _fits(have: dict[str, str] | None, names: list[str]) -> bool:
+def _fits(have: dict[str, str] | None, node: Node, names: list[str]) -> bool:
     if not have:
         return False
     certificate = x509.load_pem_x509_certificate(have["cert"].encode())
-    extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    subjects = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     due = certificate.not_valid_after_utc - RENEW_BEFORE
-    return extension.get_values_for_type(x509.DNSName) == names and datetime.now(UTC) < due
+    addresses = [str(address) for address in subjects.get_values_for_type(x509.IPAddress)]
+    fits = subjects.get_values_for_type(x509.DNSName) == names and addresses == [node.address]
+    return fits and datetime.now(UTC) < due
 
 
 def _pem(key: PrivateKey) -> str:

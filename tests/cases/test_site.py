@@ -1,14 +1,15 @@
 """Broken site files, as data: each file below `site/` is a case, and a new case is a new file.
 
-    why: …                          what is wrong, where its name does not say it
-    replace: {TEXT: TEXT, …}        what is different from sound.yml; or `site:`, a whole file
-    expect: [line, …]               every problem that is reported, word for word; empty if the site is accepted
+why: …                          what is wrong, where its name does not say it
+replace: {TEXT: TEXT, …}        what is different from sound.yml; or `site:`, a whole file
+expect: [line, …]               every problem that is reported, word for word; empty if the site is accepted
 """
 
 from pathlib import Path
 
 import pytest
 import yaml
+
 from posthouse.sitefile import SiteError, parse
 
 HERE = Path(__file__).parent

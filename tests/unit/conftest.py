@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from posthouse.model import Site
 from posthouse.sitefile import parse
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from posthouse import sitefile
 from posthouse.sitefile import SiteError, load, parse
 
@@ -80,7 +81,7 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(value, (*path, key))
 
 
-WRONG: list[Any] = [None, True, -1, 0, 7, 1.5, "", "x", "- :", "mail1", "10.77.0.5", [], ["x"], [None], {}, {"x": 1}, {7: 7}]
+WRONG: list[Any] = [None, True, -1, 0, 7, 1.5, "", "x", "- :", "mail1", [], ["x"], [None], {}, {"x": 1}, {7: 7}]
 
 
 def test_any_wrong_value_at_any_place_is_an_error_of_ours(sound: str) -> None:
