@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import shutil
@@ -62,6 +63,8 @@ def up(site: Site, secrets: Secrets) -> dict[str, str]:
     if not site.lab:
         raise LabError(f"{site.name}: not a site of the lab; give it a `lab:` section, as inventory/lab/site.yml has")
     layout = Layout(site.name)
+    if network.entered(layout.namespace):
+        raise LabError(f"{site.name}: `up` needs the machine's own network; call it before `enter`, or use `start`")
     images = image.build_all(site)
     # Each node's systemd watches files; the kernel's default, for one user's desktop, is used up by some twenty nodes.
     if int(INOTIFY.read_text()) < 8192:
@@ -72,30 +75,7 @@ def up(site: Site, secrets: Secrets) -> dict[str, str]:
             nodes.stop(layout, gone)
             shutil.rmtree(layout.node_state(gone))
             log.info("%s: removed", gone)
-
-        def bring(name: str) -> tuple[str, str]:
-            node = nodes.Node(
-                name=name,
-                fqdn=site.nodes[name].fqdn,
-                address=site.nodes[name].address,
-                prefixlen=site.network.cidr.prefixlen,
-                gateway=str(site.network.gateway or site.network.controller),
-                interface=site.network.interface,
-                resolvers=[str(address) for address in site.network.resolvers],
-                srv_mib=site.lab.srv_mib if site.lab else 0,
-            )
-            new = name not in layout.nodes
-            if not new and nodes.healthy(layout, name) and nodes.wait_for_ssh(layout, node, 10):
-                return name, "kept"
-            if new:
-                nodes.stop(layout, name)
-                keys = secrets.ssh
-                nodes.make(layout, node, images[site.nodes[name].klass], keys["public"], keys["host_keys"][name])
-            _boot(layout, node)
-            log.info("%s: up", name)
-            return name, "made" if new else "started"
-
-        return dict(_each(bring, site.nodes))
+        return dict(_each(functools.partial(_bring, layout, site, secrets, images), site.nodes))
 
 
 def refresh(site: Site, secrets: Secrets) -> None:
@@ -109,7 +89,8 @@ def down(name: str) -> None:
     """Ends a lab and removes everything of it, found by name: also one that is half there, or whose notes are lost."""
     layout = Layout(name)
     with _locked(layout):
-        # All at once, before anything is looked at: a node must not notice that another one is gone.
+        for node in layout.nodes:
+            nodes.drop_writes(layout, node)  # nobody will read it again, so nobody need wait for it
         processes.end(layout.cgroup)
         for namespace in network.of_lab(layout):
             processes.end_by_namespace(network.pids(namespace))
@@ -142,7 +123,10 @@ def kill(name: str, node: str) -> None:
     """Cuts the power of a node: nothing is shut down, and what /srv had not yet written is lost."""
     layout = Layout(name)
     with _locked(layout):
-        nodes.cut_power(layout, nodes.load(layout, node).name)
+        nodes.load(layout, node)
+        network.unplug(layout, node)
+        nodes.drop_writes(layout, node)
+        nodes.stop(layout, node)
 
 
 def start(name: str, node: str) -> None:
@@ -196,6 +180,35 @@ def _hub(layout: Layout, site: Site, secrets: Secrets) -> None:
     (layout.resolver / "resolv.conf").write_text(f"nameserver {controller}\nsearch {site.domain}\n")
     dns.start(layout, site, secrets)
     updates.start(layout, controller)
+
+
+def _bring(layout: Layout, site: Site, secrets: Secrets, images: dict[str, Path], name: str) -> tuple[str, str]:
+    """Brings one node up: (its name, what had to be done)."""
+    node = nodes.Node(
+        name=name,
+        fqdn=site.nodes[name].fqdn,
+        address=site.nodes[name].address,
+        prefixlen=site.network.cidr.prefixlen,
+        gateway=str(site.network.gateway or site.network.controller),
+        interface=site.network.interface,
+    )
+    keys = nodes.Keys(authorized=secrets.ssh["public"], **secrets.ssh["host_keys"][name])
+    if name not in layout.nodes:
+        nodes.stop(layout, name)
+        assert site.lab
+        resolvers = [str(address) for address in site.network.resolvers]
+        nodes.make(layout, node, images[site.nodes[name].klass], keys, resolvers, site.lab.srv_mib)
+        outcome = "made"
+    else:
+        same = nodes.load(layout, name) == node and nodes.has_keys(layout, name, keys)
+        if same and nodes.healthy(layout, name) and nodes.wait_for_ssh(layout, node, 10):
+            return name, "kept"
+        nodes.stop(layout, name)
+        nodes.write(layout, node, keys)
+        outcome = "started"
+    _boot(layout, node)
+    log.info("%s: up", name)
+    return name, outcome
 
 
 def _boot(layout: Layout, node: nodes.Node) -> None:

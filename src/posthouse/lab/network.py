@@ -16,17 +16,8 @@ from posthouse.lab.layout import NETNS, LabError, Layout, run
 
 BRIDGE = "br0"
 _CLONE_NEWNET = 0x40000000
+_OURS = Path("/proc/thread-self/ns/net")
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _setns(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        if _libc.setns(descriptor, _CLONE_NEWNET):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), str(file))
-    finally:
-        os.close(descriptor)
 
 
 def enter(namespace: str) -> None:
@@ -40,12 +31,33 @@ def enter(namespace: str) -> None:
 @contextlib.contextmanager
 def inside(namespace: str) -> Iterator[None]:
     """The calling thread works in a namespace for a while. Sockets made there stay there."""
-    with Path("/proc/thread-self/ns/net").open() as home:
+    with _returning():
         enter(namespace)
+        yield
+
+
+@contextlib.contextmanager
+def _returning() -> Iterator[None]:
+    with _OURS.open() as home:
         try:
             yield
         finally:
             _setns(Path(f"/proc/self/fd/{home.fileno()}"))
+
+
+def _setns(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        if _libc.setns(descriptor, _CLONE_NEWNET):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(file))
+    finally:
+        os.close(descriptor)
+
+
+def entered(namespace: str) -> bool:
+    """Whether the calling thread is in a namespace."""
+    return exists(namespace) and _OURS.samefile(NETNS / namespace)
 
 
 def exists(namespace: str) -> bool:

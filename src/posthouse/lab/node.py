@@ -10,7 +10,6 @@ import socket
 import struct
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,7 +35,7 @@ _WITHOUT_LOG = 2
 
 @dataclass(frozen=True)
 class Node:
-    """What a node is made from; kept beside its state, so that it can be started without the site file."""
+    """How a node is wired; kept beside its state, so that it can be started without the site file."""
 
     name: str
     fqdn: str
@@ -44,44 +43,72 @@ class Node:
     prefixlen: int
     gateway: str
     interface: str
-    resolvers: list[str]
-    srv_mib: int
 
 
-def make(layout: Layout, node: Node, image: Path, authorized_key: str, host_key: Mapping[str, str]) -> None:
-    """Makes what a node keeps: its identity over the image, and an empty /srv. Raises LabError.
+@dataclass(frozen=True)
+class Keys:
+    """Who may log in, and the ed25519 host key by which the node is known, all in OpenSSH's formats."""
 
-    host_key: {"private": …, "public": …}, ed25519. `node.json` comes last: a node that has it is whole.
-    """
+    authorized: str
+    private: str
+    public: str
+
+    def files(self) -> dict[str, str]:
+        """The files that hold them, below the node's root."""
+        return {
+            "etc/ssh/ssh_host_ed25519_key": self.private.strip() + "\n",
+            "etc/ssh/ssh_host_ed25519_key.pub": self.public.strip() + "\n",
+            "root/.ssh/authorized_keys": self.authorized.strip() + "\n",
+        }
+
+
+def make(layout: Layout, node: Node, image: Path, keys: Keys, resolvers: list[str], srv_mib: int) -> None:
+    """Makes what a node keeps: its identity over the image, and an empty /srv. Raises LabError."""
     state = layout.node_state(node.name)
     if state.exists():
         shutil.rmtree(state)
     for folder in ("upper/etc/ssh", "upper/etc/apt/apt.conf.d", "upper/root/.ssh", "work"):
         (state / folder).mkdir(parents=True)
+    for folder in ("root", "root/.ssh"):
+        (state / "upper" / folder).chmod(0o700)
     (state / "image").symlink_to(image)
     identity = {
         "etc/hostname": f"{node.name}\n",
         "etc/machine-id": f"{uuid.uuid4().hex}\n",
         "etc/hosts": f"127.0.0.1 localhost\n::1 localhost\n{node.address} {node.fqdn} {node.name}\n",
-        "etc/resolv.conf": "".join(f"nameserver {address}\n" for address in node.resolvers),
-        "etc/ssh/ssh_host_ed25519_key.pub": host_key["public"].strip() + "\n",
-        "etc/ssh/ssh_host_ed25519_key": host_key["private"].strip() + "\n",
-        "root/.ssh/authorized_keys": authorized_key.strip() + "\n",
+        "etc/resolv.conf": "".join(f"nameserver {address}\n" for address in resolvers),
         # The lab's controller fetches for the nodes, which have no way out, in the way that this machine does.
         "etc/apt/apt.conf.d/90posthouse-lab": f'Acquire::http::Proxy "http://{node.gateway}:3142";\n',
         "etc/apt/sources.list": (image / "etc/apt/sources.list").read_text().replace("https://", "http://"),
     }
     for name, content in identity.items():
-        file = state / "upper" / name
-        file.touch(mode=0o600 if name.endswith(("_key", "authorized_keys")) else 0o644)
-        file.write_text(content)
-    for folder in ("root", "root/.ssh"):
-        (state / "upper" / folder).chmod(0o700)
+        (state / "upper" / name).write_text(content)
     disk = state / "srv.img"
     disk.touch()
-    os.truncate(disk, node.srv_mib * 2**20)
+    os.truncate(disk, srv_mib * 2**20)
     run(["mkfs.ext4", "-q", "-F", "-m", "0", "-E", "nodiscard", str(disk)])
-    (state / "node.json").write_text(json.dumps(asdict(node), indent=1))
+    write(layout, node, keys)
+
+
+def write(layout: Layout, node: Node, keys: Keys) -> None:
+    """Notes a node's wiring and keys, while it does not run. The wiring comes last: a node that has it is whole."""
+    state = layout.node_state(node.name)
+    for name, content in keys.files().items():
+        file = state / "upper" / name
+        file.unlink(missing_ok=True)
+        file.touch(mode=0o644 if name.endswith(".pub") else 0o600)
+        file.write_text(content)
+    beside = state / "node.json.new"
+    beside.write_text(json.dumps(asdict(node), indent=1))
+    beside.replace(state / "node.json")
+
+
+def has_keys(layout: Layout, name: str, keys: Keys) -> bool:
+    """Whether these are the keys that a node has."""
+    upper = layout.node_state(name) / "upper"
+    return all(
+        (upper / file).exists() and content in (upper / file).read_text() for file, content in keys.files().items()
+    )
 
 
 def load(layout: Layout, name: str) -> Node:
@@ -155,17 +182,20 @@ def stop(layout: Layout, name: str) -> None:
     processes.until(lambda: not loops(disk), 20, f"{name}: {disk} is still in use; see: losetup --associated {disk}")
 
 
-def cut_power(layout: Layout, name: str) -> None:
-    """Ends a node as a power cut does: what /srv had not yet written to its disk is lost."""
-    network.unplug(layout, name)
+def drop_writes(layout: Layout, name: str) -> None:
+    """Makes a running node's /srv lose what it has not yet written to its disk, as a power cut does."""
     leader = processes.leader(layout.node_cgroup(name))
-    if leader:
-        srv = os.open(f"/proc/{leader}/root/srv", os.O_RDONLY)
-        try:
+    if not leader:
+        return
+    srv = os.open(f"/proc/{leader}/root/srv", os.O_RDONLY)
+    try:
+        # While a container is being set up, its root is still the machine's: that /srv is not ours to stop.
+        if os.fstat(srv).st_dev in [
+            Path(device).stat().st_rdev for device in loops(layout.node_state(name) / "srv.img")
+        ]:
             fcntl.ioctl(srv, _EXT4_SHUTDOWN, struct.pack("I", _WITHOUT_LOG))
-        finally:
-            os.close(srv)
-    stop(layout, name)
+    finally:
+        os.close(srv)
 
 
 def wait_for_ssh(layout: Layout, node: Node, seconds: float) -> bool:
