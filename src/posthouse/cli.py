@@ -129,16 +129,18 @@ def plan(site: SiteName = "lab", as_json: Json = False) -> None:
     console.print(
         table("\nopen ports", "class", "port", "to", rows=[[p["class"], p["port"], p["from"]] for p in data["ports"]])
     )
-    console.print(
-        table(
-            "\nload",
-            "what",
-            "needed at peak",
-            "the nodes can do",
-            "headroom",
-            rows=[[x["what"], x["needed"], x["capacity"], x["headroom"]] for x in data["load"]],
-        )
-    )
+    columns = {
+        "what": "what",
+        "needed at peak": "needed",
+        "all nodes": "capacity",
+        "one node down": "degraded",
+        "headroom": "headroom",
+        "bound by": "bound",
+    }
+    rows = [[row[key] for key in columns.values()] for row in data["load"]]
+    console.print(table("\nload", *columns, rows=rows))
+    for note in data["notes"]:
+        console.print(f"\n{note}")
 
 
 @app.command()
