@@ -282,7 +282,9 @@ def health(services, seconds):
         while True:
             reasons = list(pool.map(lambda item: probe(item[1]), waiting))
             failed = [(*item, reason) for item, reason in zip(waiting, reasons) if reason]
-            if not failed or time.monotonic() > deadline:
+            # One that has ended for good will not get healthy by waiting.
+            over = any(state.get("ActiveState") == "failed" for state in units(sorted({f[0] for f in failed})).values())
+            if not failed or over or time.monotonic() > deadline:
                 return {unit: f"{check}: {reason}" for unit, check, reason in failed}
             waiting = [item[:2] for item in failed]
             time.sleep(0.2)
@@ -318,6 +320,7 @@ def apply(desired):
         raise
     _journal(plan, "swapping")
     try:
+        _retire(plan)
         _swap(plan)
         _act(plan)
         _await(desired, plan)
@@ -357,8 +360,9 @@ def _install(packages):
 def _stage(desired, plan):
     """Lays out the whole desired tree for the validators, and copies of all that will be replaced or removed."""
     _discard()
-    (TRANSACTION / "old").mkdir(parents=True, mode=0o700)
-    TRANSACTION.chmod(0o700)
+    TRANSACTION.mkdir(parents=True, mode=0o700)
+    (TRANSACTION / "old").mkdir()
+    (TRANSACTION / "new").mkdir()
     for path, want in desired["files"].items():
         place(TRANSACTION / "new" / path[1:], want)
     for path, before in {**plan["write"], **plan["remove"]}.items():
@@ -434,6 +438,13 @@ def _put_beside(desired, plan):
         place(Path(path + BESIDE), desired["files"][path])
 
 
+def _retire(plan):
+    """Stops what is no longer wanted, while its unit file is still there to say how."""
+    for verb in ("stop", "disable"):
+        if plan[verb]:
+            _must("systemctl", "--quiet", verb, *plan[verb])
+
+
 def _swap(plan):
     try:
         for path in plan["write"]:
@@ -447,9 +458,8 @@ def _swap(plan):
 def _act(plan):
     if any(path.startswith(SYSTEM_UNITS) for path in [*plan["write"], *plan["remove"]]):
         _must("systemctl", "daemon-reload")
-    for verb in ("stop", "disable", "enable"):
-        if plan[verb]:
-            _must("systemctl", "--quiet", verb, *plan[verb])
+    if plan["enable"]:
+        _must("systemctl", "--quiet", "enable", *plan["enable"])
     for verb in ("restart", "reload", "start"):
         # All at once: systemd starts them side by side, in the order that their units ask for.
         command = "reload-or-restart" if verb == "reload" else verb
