@@ -72,7 +72,7 @@ steps:
   elements: str
 """
 
-SOCKET = "ldapi://%2Frun%2Fslapd%2Fldapi"
+SOCKET = "ldapi://%2Frun%2Fslapd%2Fslapd.sock"
 CA = "/etc/ssl/posthouse/ca.pem"
 
 Entries = dict[str, dict[str, list[str]]]
@@ -94,8 +94,10 @@ def connect(uri: str) -> Any:
 
 
 def complete(connection: Any, suffix: str) -> bool:
-    """Whether a directory has data, and all of it: slapd gives the suffix its contextCSN with the first write, or at the
-    end of the first copy from a provider."""
+    """Whether a directory has data, and all of it.
+
+    slapd gives the suffix its contextCSN with the first write, or at the end of the first copy from a provider.
+    """
     try:
         found = connection.search_s(suffix, ldap.SCOPE_BASE, attrlist=["contextCSN"])
     except ldap.NO_SUCH_OBJECT:
@@ -216,7 +218,11 @@ def run(options: dict[str, Any], check_mode: bool) -> dict[str, Any]:
         raise Problem("slapd does not answer on its socket; look at: systemctl status slapd") from None
     if not complete(local, options["suffix"]) and (peers := filled_peers(options)):
         if check_mode:
-            return {"changed": False, "steps": [], "msg": f"replication is still bringing the data of {', '.join(peers)}"}
+            return {
+                "changed": False,
+                "steps": [],
+                "msg": f"replication is still bringing the data of {', '.join(peers)}",
+            }
         await_data(local, options["suffix"], peers, options["timeout"])
 
     have = read(local, want)
@@ -238,7 +244,10 @@ def main() -> None:
         "attributes": {"type": "dict", "required": True},
         "password": {"type": "str", "no_log": True},
     }
-    replicator = {"dn": {"type": "str", "required": True}, "password": {"type": "str", "required": True, "no_log": True}}
+    replicator = {
+        "dn": {"type": "str", "required": True},
+        "password": {"type": "str", "required": True, "no_log": True},
+    }
     module = AnsibleModule(
         argument_spec={
             "suffix": {"type": "str", "required": True},

@@ -1,0 +1,248 @@
+"""The site's directory as the controller sees it: accounts, read and written at a provider over LDAPS."""
+
+from __future__ import annotations
+
+import ssl
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ldap3
+from ldap3.core import exceptions as ldap_errors
+from ldap3.utils.conv import escape_filter_chars
+from ldap3.utils.dn import escape_rdn
+
+from posthouse.model import Site
+from posthouse.secrets import Secrets
+
+OBJECT_CLASSES = ["inetOrgPerson", "inetLocalMailRecipient", "posthouseAccount"]
+PAGE = 1000
+
+Result = TypeVar("Result")
+
+
+class DirectoryError(Exception):
+    """The directory cannot be asked, or refuses; the message says where, what, and what to do."""
+
+
+class AddressTaken(DirectoryError):
+    """An address is another account's already, or the account exists."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """A person's entry. Addresses are normalised; `quota` is in MiB, 0 is without limit."""
+
+    address: str
+    name: str
+    store: str
+    quota: int
+    aliases: tuple[str, ...] = ()
+    forward: tuple[str, ...] = ()
+    forward_only: bool = False
+    status: str = "active"
+    spam_threshold: int | None = None
+
+    def attributes(self, store_host: str) -> dict[str, list[str]]:
+        """The entry's attributes by name, all as text. Those that an account does not have are empty lists."""
+        return {
+            "cn": [self.name],
+            "sn": [self.name.split()[-1]],
+            "mail": [self.address],
+            "mailLocalAddress": [self.address, *self.aliases],
+            "mailHost": [store_host],
+            "posthouseQuota": [str(self.quota)],
+            "posthouseStatus": [self.status],
+            "posthouseForward": list(self.forward),
+            "posthouseForwardOnly": ["TRUE"] if self.forward_only else [],
+            "posthouseSpamThreshold": [] if self.spam_threshold is None else [str(self.spam_threshold)],
+        }
+
+
+READ = list(Account("", "-", "", 0).attributes(""))
+
+
+class Directory:
+    """A connection to the first provider that answers; it moves on to another one when that fails."""
+
+    def __init__(self, site: Site, secrets: Secrets) -> None:
+        self._site = site
+        self._password = secrets.passwords["directory_accounts"]
+        self._ca = secrets.ca_cert
+        self._base = f"ou=accounts,{site.suffix}"
+        self._hosts = {store.host: store.name for store in site.stores.values()}
+        self._connection: Any = None
+
+    def close(self) -> None:
+        """Ends the connection; the next question makes a new one."""
+        if self._connection is not None:
+            self._connection.unbind()
+            self._connection = None
+
+    def get(self, address: str) -> Account | None:
+        """The account of this address (not of an alias), or None."""
+        found = self._search(self._dn(address), "(objectClass=posthouseAccount)", ldap3.BASE, READ)
+        return self._account(found[0]) if found else None
+
+    def holders(self, addresses: Iterable[str]) -> dict[str, str]:
+        """Which of these addresses, primary or alias, some account has: {address: that account's address}."""
+        wanted = set(addresses)
+        terms = "".join(f"(mailLocalAddress={escape_filter_chars(address)})" for address in sorted(wanted))
+        found = self._search(self._base, f"(|{terms})", ldap3.SUBTREE, ["uid", "mailLocalAddress"])
+        return {a: entry["uid"][0] for entry in found for a in entry["mailLocalAddress"] if a in wanted}
+
+    def accounts(
+        self, match: str | None = None, store: str | None = None, status: str | None = None
+    ) -> Iterator[Account]:
+        """All accounts, or those on a store, with a status, or with `match` somewhere in an address or name."""
+        terms = "(objectClass=posthouseAccount)"
+        if store:
+            terms += f"(mailHost={escape_filter_chars(self._site.stores[store].host)})"
+        if status:
+            terms += f"(posthouseStatus={escape_filter_chars(status)})"
+        if match:
+            part = escape_filter_chars(match)
+            terms += f"(|(uid=*{part}*)(cn=*{part}*)(mailLocalAddress=*{part}*))"
+        for entry in self._pages(f"(&{terms})", READ):
+            yield self._account(entry)
+
+    def counts(self) -> Counter[str]:
+        """How many accounts each of the site's stores has. Reads one attribute of every entry."""
+        counts = Counter(dict.fromkeys(self._hosts.values(), 0))
+        for entry in self._pages("(objectClass=posthouseAccount)", ["mailHost"]):
+            if (host := entry["mailHost"][0]) in self._hosts:
+                counts[self._hosts[host]] += 1
+        return counts
+
+    def add(self, account: Account, password_hash: str) -> None:
+        """Makes the entry, whole. Raises AddressTaken, DirectoryError."""
+        attributes = account.attributes(self._site.stores[account.store].host)
+        attributes |= {"uid": [account.address], "userPassword": [password_hash]}
+        filled = {name: values for name, values in attributes.items() if values}
+        self._ask(lambda c: c.add(self._dn(account.address), OBJECT_CLASSES, filled))
+
+    def change(self, have: Account, want: Account) -> None:
+        """Changes what differs between two states of one account. Raises AddressTaken, DirectoryError."""
+        host = self._site.stores[want.store].host
+        before, after = have.attributes(host), want.attributes(host)
+        changes = {name: [(ldap3.MODIFY_REPLACE, after[name])] for name in after if before[name] != after[name]}
+        if changes:
+            self._ask(lambda c: c.modify(self._dn(want.address), changes))
+
+    def set_password(self, address: str, password_hash: str) -> None:
+        """Replaces the password. Raises DirectoryError."""
+        change = {"userPassword": [(ldap3.MODIFY_REPLACE, [password_hash])]}
+        self._ask(lambda c: c.modify(self._dn(address), change))
+
+    def delete(self, address: str) -> None:
+        """Removes the entry, if it is there. Raises DirectoryError."""
+        try:
+            self._ask(lambda c: c.delete(self._dn(address)))
+        except ldap_errors.LDAPNoSuchObjectResult:
+            return
+
+    def _dn(self, address: str) -> str:
+        return f"uid={escape_rdn(address)},{self._base}"
+
+    def _account(self, entry: dict[str, list[str]]) -> Account:
+        def one(name: str, default: str = "") -> str:
+            return entry[name][0] if entry[name] else default
+
+        address, host = one("mail"), one("mailHost")
+        threshold = one("posthouseSpamThreshold")
+        return Account(
+            address=address,
+            name=one("cn"),
+            # A store that the site file does not name any more is shown by its host.
+            store=self._hosts.get(host, host),
+            quota=int(one("posthouseQuota", "0")),
+            aliases=tuple(sorted(a for a in entry["mailLocalAddress"] if a != address)),
+            forward=tuple(sorted(entry["posthouseForward"])),
+            forward_only=one("posthouseForwardOnly") == "TRUE",
+            status=one("posthouseStatus"),
+            spam_threshold=int(threshold) if threshold else None,
+        )
+
+    def _search(self, base: str, terms: str, scope: str, attributes: list[str]) -> list[dict[str, list[str]]]:
+        def search(connection: Any) -> list[dict[str, list[str]]]:
+            try:
+                connection.search(base, terms, search_scope=scope, attributes=attributes)
+            except ldap_errors.LDAPNoSuchObjectResult:
+                return []
+            return [_decoded(item, attributes) for item in connection.response if item["type"] == "searchResEntry"]
+
+        return self._ask(search)
+
+    def _pages(self, terms: str, attributes: list[str]) -> Iterator[dict[str, list[str]]]:
+        """Entries below ou=accounts, a page at a time: a million of them do not fit into memory at once."""
+        cookie: bytes | None = None
+
+        def page(connection: Any) -> tuple[list[dict[str, list[str]]], bytes | None]:
+            connection.search(self._base, terms, attributes=attributes, paged_size=PAGE, paged_cookie=cookie)
+            entries = [_decoded(item, attributes) for item in connection.response if item["type"] == "searchResEntry"]
+            control = connection.result["controls"]["1.2.840.113556.1.4.319"]
+            return entries, control["value"]["cookie"]
+
+        while True:
+            # A page's cookie is worth nothing at another provider, so a loss in the middle is an error.
+            entries, cookie = self._ask(page, again=not cookie)
+            yield from entries
+            if not cookie:
+                return
+
+    def _ask(self, question: Callable[[Any], Result], again: bool = True) -> Result:
+        """Puts a question to the provider; if the connection is lost, once more to the first one that answers then.
+
+        Repeating is safe: everything asked here gives the same state when done twice.
+        """
+        fresh = self._connection is None
+        if self._connection is None:
+            self._connection = self._connect()
+        try:
+            return question(self._connection)
+        except (ldap_errors.LDAPEntryAlreadyExistsResult, ldap_errors.LDAPConstraintViolationResult) as error:
+            raise AddressTaken(f"an account with one of these addresses exists already ({error.message})") from None
+        except ldap_errors.LDAPNoSuchObjectResult:
+            raise
+        except ldap_errors.LDAPOperationResult as error:
+            reason = f"{error.description} {error.message}".strip()
+            raise DirectoryError(f"the directory ({self._connection.server.host}) refused: {reason}") from None
+        except (ldap_errors.LDAPExceptionError, OSError) as error:
+            self._connection = None
+            if fresh or not again:
+                raise DirectoryError(f"the directory was lost in the middle ({error}); run the command again") from None
+            return self._ask(question)
+
+    def _connect(self) -> Any:
+        """Binds at the first provider that answers and has all of its data. Raises DirectoryError."""
+        reasons = []
+        for name in self._site.directory.providers:
+            node = self._site.nodes[name]
+            tls = ldap3.Tls(validate=ssl.CERT_REQUIRED, ca_certs_data=self._ca, valid_names=[node.fqdn], sni=node.fqdn)
+            server = ldap3.Server(node.address, port=636, use_ssl=True, tls=tls, get_info=ldap3.NONE, connect_timeout=3)
+            connection = ldap3.Connection(
+                server,
+                f"cn=accounts,ou=services,{self._site.suffix}",
+                self._password,
+                raise_exceptions=True,
+                receive_timeout=60,
+                check_names=False,
+            )
+            try:
+                connection.bind()
+                # Without it the provider is still being filled: it would take accounts for new that are not.
+                connection.search(self._site.suffix, "(contextCSN=*)", search_scope=ldap3.BASE, attributes=["1.1"])
+                if connection.response:
+                    return connection
+                reasons.append(f"{name}: still being filled from another provider")
+            except ldap_errors.LDAPInvalidCredentialsResult:
+                reasons.append(f"{name}: empty, or with another password for cn=accounts; run: posthouse deploy")
+            except (ldap_errors.LDAPExceptionError, OSError) as error:
+                reasons.append(f"{name} ({node.address}:636): {error}")
+        raise DirectoryError("no provider of the directory can be used: " + "; ".join(reasons))
+
+
+def _decoded(item: dict[str, Any], attributes: list[str]) -> dict[str, list[str]]:
+    raw = item["raw_attributes"]
+    return {name: [value.decode("utf-8", "replace") for value in raw.get(name, ())] for name in attributes}

@@ -1,0 +1,240 @@
+"""Mailboxes and Sieve scripts of a store, from the controller: IMAP as its administrator and on behalf of accounts."""
+
+from __future__ import annotations
+
+import base64
+import imaplib
+import re
+import socket
+import ssl
+from typing import Any
+
+import jinja2
+
+from posthouse import roles
+from posthouse.model import Store
+from posthouse.secrets import Secrets
+
+TIMEOUT = 30  # s; a store that takes longer for one command is as good as down
+SCRIPT = "posthouse"
+
+_templates = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(roles.ROOT / "templates"),
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+)
+
+
+class StoreError(Exception):
+    """A store cannot be reached, or refuses; the message says where, what, and what to do."""
+
+
+class Mailboxes:
+    """One store. Connections are made when needed and kept; `close` ends them.
+
+    They go to the store's service address and expect a certificate for its name, so no DNS is needed.
+    """
+
+    def __init__(self, store: Store, secrets: Secrets) -> None:
+        self.store = store
+        self._passwords = secrets.passwords
+        self._tls = ssl.create_default_context(cadata=secrets.ca_cert)
+        self._admin_connection: imaplib.IMAP4 | None = None
+        self._user_connection: imaplib.IMAP4 | None = None
+        self._sieve_connection: ManageSieve | None = None
+
+    def close(self) -> None:
+        """Ends all connections."""
+        for connection in (self._admin_connection, self._user_connection):
+            if connection is not None:
+                _quietly(connection.logout)
+        if self._sieve_connection is not None:
+            _quietly(self._sieve_connection.close)
+        self._admin_connection = self._user_connection = self._sieve_connection = None
+
+    def make(self, address: str) -> None:
+        """Makes an account's mailbox and its standard folders, unless they are there. Raises StoreError."""
+        # Cyrus does it at the first login. `proxy` may log in for anyone, also for those not yet in the directory.
+        try:
+            if self._user_connection is None:
+                self._user_connection = _Imap(self.store, self._tls)
+            connection = self._user_connection
+            connection.authenticate("PLAIN", lambda _: f"{address}\0proxy\0{self._passwords['store_proxy']}".encode())
+            _expect(connection.status("INBOX", "(MESSAGES)"))
+            # The next account is served over the same connection.
+            _expect(connection.xatom("UNAUTHENTICATE"))
+            connection.state = "NONAUTH"
+        except (imaplib.IMAP4.error, OSError) as error:
+            self._user_connection = None
+            raise self._error("IMAP", error) from None
+
+    def usage(self, address: str) -> tuple[int, int]:
+        """(MiB used, MiB allowed or 0 for no limit) of the account's mailbox. Raises StoreError."""
+        try:
+            answer = _expect(self._admin().getquota(_root(address)))
+        except (imaplib.IMAP4.error, OSError) as error:
+            raise self._admin_error(error) from None
+        match = re.search(rb"STORAGE (\d+) (\d+)", b" ".join(part for part in answer if part))
+        return (int(match[1]) // 1024, int(match[2]) // 1024) if match else (0, 0)
+
+    def set_quota(self, address: str, mib: int) -> None:
+        """Limits the account's mailbox to `mib` MiB; 0 is without limit. Raises StoreError."""
+        limit = f"(STORAGE {mib * 1024})" if mib else "()"
+        try:
+            _expect(self._admin().setquota(_root(address), limit))
+        except (imaplib.IMAP4.error, OSError) as error:
+            raise self._admin_error(error) from None
+
+    def exists(self, address: str) -> bool:
+        """Whether the account has a mailbox here. Raises StoreError."""
+        try:
+            answer = _expect(self._admin().list('""', _root(address)))
+        except (imaplib.IMAP4.error, OSError) as error:
+            raise self._admin_error(error) from None
+        return any(answer)
+
+    def delete(self, address: str) -> None:
+        """Removes the account's mailbox with all its folders. Cyrus keeps it aside for a while. Raises StoreError."""
+        try:
+            _expect(self._admin().delete(_root(address)))
+        except (imaplib.IMAP4.error, OSError) as error:
+            raise self._admin_error(error) from None
+
+    def install_script(self, address: str, threshold: int) -> None:
+        """Puts the default Sieve script in place, active unless the user has one of their own. Raises StoreError."""
+        text = _templates.get_template("sieve/default.sieve.j2").render(threshold=threshold)
+        try:
+            if self._sieve_connection is None:
+                self._sieve_connection = ManageSieve(self.store, self._tls)
+            sieve = self._sieve_connection
+            sieve.login(address, "proxy", self._passwords["store_proxy"])
+            sieve.put(SCRIPT, text)
+            if sieve.active() is None:
+                sieve.activate(SCRIPT)
+            sieve.logout()
+        except (SieveError, OSError) as error:
+            self._sieve_connection = None
+            raise self._error("ManageSieve", error) from None
+
+    def _admin(self) -> imaplib.IMAP4:
+        if self._admin_connection is None:
+            connection = _Imap(self.store, self._tls)
+            connection.authenticate("PLAIN", lambda _: f"\0admin\0{self._passwords['store_admin']}".encode())
+            self._admin_connection = connection
+        return self._admin_connection
+
+    def _admin_error(self, error: Exception) -> StoreError:
+        self._admin_connection = None
+        return self._error("IMAP", error)
+
+    def _error(self, protocol: str, error: Exception) -> StoreError:
+        reason = str(error) or type(error).__name__
+        return StoreError(
+            f"{self.store.name} ({protocol} at {self.store.address}, primary {self.store.primary}): {reason}; "
+            f"when the store is up, run the command again"
+        )
+
+
+class _Imap(imaplib.IMAP4_SSL):
+    """IMAPS to an address, with the certificate checked against the store's name."""
+
+    def __init__(self, store: Store, tls: ssl.SSLContext) -> None:
+        self._address = store.address
+        super().__init__(store.host, ssl_context=tls, timeout=TIMEOUT)
+
+    def _create_socket(self, timeout: float | None) -> Any:
+        plain = socket.create_connection((self._address, self.port), timeout)
+        return self.ssl_context.wrap_socket(plain, server_hostname=self.host)
+
+
+class SieveError(Exception):
+    """What a ManageSieve server refused, in its words."""
+
+
+class ManageSieve:
+    """The part of RFC 5804 that is needed here, with STARTTLS; one connection serves one account after the other."""
+
+    def __init__(self, store: Store, tls: ssl.SSLContext) -> None:
+        self._socket: socket.socket = socket.create_connection((store.address, 4190), TIMEOUT)
+        self._file: Any = self._socket.makefile("rb")
+        self._answer()
+        self._command("STARTTLS")
+        self._socket = tls.wrap_socket(self._socket, server_hostname=store.host)
+        self._file = self._socket.makefile("rb")
+        self._answer()
+
+    def login(self, account: str, user: str, password: str) -> None:
+        """Logs in as `user`, to act for `account`."""
+        token = base64.b64encode(f"{account}\0{user}\0{password}".encode()).decode()
+        self._command(f'AUTHENTICATE "PLAIN" "{token}"')
+
+    def logout(self) -> None:
+        """Ends the login and keeps the connection."""
+        self._command("UNAUTHENTICATE")
+
+    def put(self, name: str, text: str) -> None:
+        """Stores a script; the server checks it."""
+        data = text.replace("\n", "\r\n")
+        self._command(f'PUTSCRIPT "{name}" {{{len(data.encode())}+}}\r\n{data}')
+
+    def active(self) -> str | None:
+        """The name of the active script."""
+        for line in self._command("LISTSCRIPTS"):
+            match = re.fullmatch(r'"(.*)" ACTIVE', line.strip(), re.IGNORECASE)
+            if match:
+                return match[1]
+        return None
+
+    def activate(self, name: str) -> None:
+        """Makes a script the one that delivery runs."""
+        self._command(f'SETACTIVE "{name}"')
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._command("LOGOUT")
+        self._socket.close()
+
+    def _command(self, text: str) -> list[str]:
+        self._socket.sendall(text.encode() + b"\r\n")
+        return self._answer()
+
+    def _answer(self) -> list[str]:
+        """The lines before the server's OK. Raises SieveError for NO, BYE and the end of the connection."""
+        lines: list[str] = []
+        while True:
+            line = self._line()
+            if line.upper().startswith("OK"):
+                return lines
+            if line.upper().startswith(("NO", "BYE")):
+                raise SieveError(line)
+            lines.append(line)
+
+    def _line(self) -> str:
+        line: bytes = self._file.readline()
+        if not line.endswith(b"\n"):
+            raise SieveError("the connection was closed")
+        literal = re.search(rb"\{(\d+)\+?\}\r\n$", line)
+        if literal:
+            line = line[: literal.start()] + self._file.read(int(literal[1])) + b" " + self._file.readline()
+        return line.decode("utf-8", "replace").strip()
+
+
+def _root(address: str) -> str:
+    """An account's mailbox as the administrator names it. Addresses of accounts hold nothing that IMAP must escape."""
+    return f'"user/{address}"'
+
+
+def _expect(answer: tuple[str, list[Any]]) -> list[Any]:
+    status, data = answer
+    if status != "OK":
+        text = b" ".join(part for part in data if isinstance(part, bytes))
+        raise imaplib.IMAP4.error(text.decode("utf-8", "replace"))
+    return data
+
+
+def _quietly(end: Any) -> None:
+    """A goodbye that cannot be said any more is no loss."""
+    try:
+        end()
+    except (OSError, imaplib.IMAP4.error, SieveError):
+        return
