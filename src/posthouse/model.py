@@ -134,7 +134,7 @@ class NodeClass(Strict):
 
     tiers: list[Tier] = Field(description="what the nodes do; `mail` and `lb` have their tiers if this is left out")
     cores: int = Field(2, ge=1, description="CPU cores of each node; `posthouse plan` counts with them")
-    disk_gib: float = Field(40, gt=0, description="GiB of each node's /srv, where mail, queues and directory are")
+    disk_gib: float = Field(500, gt=0, description="GiB of each node's /srv, where mail, queues and directory are")
 
 
 class NodeEntry(Strict):
