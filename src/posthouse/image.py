@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -102,6 +103,7 @@ def build(site: Site, class_name: str) -> Path:
     """
     tree = path(site, class_name)
     if tree.exists():
+        os.utime(tree)  # it is in use: `_prune` lets it be
         return tree
     for folder in (IMAGES, DEBS):
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +113,7 @@ def build(site: Site, class_name: str) -> Path:
         partial = tree.with_name(tree.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         _bootstrap(partial, packages(site, class_name), tree.with_name(tree.name + ".log"))
+        _keep_downloads(partial)
         _strip(partial)
         partial.rename(tree)
     _prune(tree, class_name)
@@ -163,14 +166,13 @@ def _bootstrap(tree: Path, names: list[str], log: Path) -> None:
         "--mode=root",
         "--variant=minbase",
         "--format=directory",
-        "--skip=essential/unlink",
+        "--skip=essential/unlink,cleanup/apt/cache",
         f"--include={','.join(names)}",
         '--aptopt=Acquire::Languages "none"',
         *(f"--aptopt={option.rstrip(';')}" for option in source.options),
         *(f"--dpkgopt={option}" for option in DPKG_OPTIONS),
-        # Downloads are shared by hard links: apt checks their digests, and fetches only what is not there.
-        f"--setup-hook=mkdir -p {archives} && find {DEBS} -name '*.deb' -exec cp -l -t {archives} {{}} +",
-        f"--customize-hook=find {archives} -name '*.deb' -exec cp -lf -t {DEBS} {{}} +",
+        # Downloads are kept for the next build: apt checks their digests, and fetches only what is not there.
+        f"--setup-hook=mkdir -p {archives} && find {DEBS} -name '*.deb' -exec cp -t {archives} {{}} +",
         SUITE,
         str(tree),
         "-",
@@ -182,6 +184,18 @@ def _bootstrap(tree: Path, names: list[str], log: Path) -> None:
         errors = [line for line in log.read_text().splitlines() if line.startswith("E:")][:3]
         reason = "; ".join(errors) or f"exit status {done.returncode}"
         raise ImageError(f"{tree.name.removesuffix('.partial')}: mmdebstrap failed: {reason}\n  the whole log: {log}")
+
+
+def _keep_downloads(tree: Path) -> None:
+    """Moves packages out of the tree for the next build, and forgets those that no build of the last month used."""
+    archives = tree / "var/cache/apt/archives"
+    for deb in archives.glob("*.deb"):
+        kept = DEBS / deb.name
+        if not kept.exists() or kept.stat().st_size != deb.stat().st_size:
+            shutil.move(deb, kept)
+        os.utime(kept)
+    for file in [*archives.glob("*.deb"), *(deb for deb in DEBS.iterdir() if _days_old(deb) > 30)]:
+        file.unlink(missing_ok=True)  # another class's build may tidy up as well
 
 
 def _strip(tree: Path) -> None:
@@ -213,11 +227,13 @@ def _strip(tree: Path) -> None:
 
 
 def _prune(tree: Path, class_name: str) -> None:
-    """Removes images of the class that no lab uses and that are older than a week."""
+    """Removes images of the class that no lab uses and that are older than a day."""
     used = {link.resolve() for link in Path("/var/lib/posthouse/lab").glob("*/nodes/*/image")}
     for old in IMAGES.glob(f"{class_name}-*"):
-        if old.is_dir() and old not in {tree, *used} and old.stat().st_ctime < time.time() - 7 * 86400:
+        if old.is_dir() and old not in {tree, *used} and _days_old(old) > 1:
             shutil.rmtree(old)
+            for suffix in (".lock", ".log"):
+                old.with_name(old.name + suffix).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -225,6 +241,10 @@ def _locked(file: Path) -> Iterator[None]:
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _days_old(file: Path) -> float:
+    return (time.time() - file.stat().st_mtime) / 86400
 
 
 def _os_release() -> dict[str, str]:
