@@ -21,6 +21,9 @@ from posthouse.model import Site
 
 BIN = Path(sys.executable).parent
 
+# A worker for each node as far as six go: most of a check is waiting for ssh.
+VERIFY = ["-n", "6", "--dist", "loadgroup", "--no-header", "-p", "no:cacheprovider"]
+
 
 class Busy(Exception):
     """Somebody else is changing the site; the message says who."""
@@ -116,19 +119,7 @@ def _cases(junit: str) -> Iterator[dict[str, Any]]:
 def verify(site: Site, tiers: list[str] | None = None, quiet: bool = False) -> dict[str, Any]:
     """Runs the read-only verify suite. Returns {"passed": n, "failed": n, "checks": [{"tier", "check", "node", "outcome", …}]}."""
     reach(site)
-    arguments = [
-        "tests/verify",
-        "--site",
-        site.name,
-        "-n",
-        "6",
-        "--dist",
-        "loadgroup",
-        "-q",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-    ]
+    arguments = ["tests/verify", "--site", site.name, *VERIFY]
     for tier in tiers or []:
         arguments += ["--tier", tier]
     _, cases = pytest(*arguments, env=environment(site), quiet=quiet)

@@ -1,0 +1,83 @@
+"""posthouse's own tests: the folders under tests/, each by itself, with a lab for those that need one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+from posthouse import doctor, lab, run, secrets, sitefile
+
+log = logging.getLogger(__name__)
+
+# In this order: what is quick and needs nothing first, what disturbs the lab last. True: needs a deployed lab.
+SUITES = {"unit": False, "cases": False, "render": False, "verify": True, "modules": True, "lab": True}
+SITE = "lab"
+
+
+def test(wanted: list[str], full: bool) -> int:
+    """Runs the named suites, or all; prints `test: N passed, N failed` last. Returns the exit status."""
+    unknown = set(wanted) - set(SUITES)
+    if unknown:
+        raise SystemExit(f"posthouse: no such suite: {', '.join(sorted(unknown))}; the suites are {', '.join(SUITES)}")
+    suites = [suite for suite in SUITES if suite in (wanted or SUITES)]
+    counts = {"passed": 0, "failed": 0}
+    needs_lab = [suite for suite in suites if SUITES[suite]]
+    try:
+        for suite in suites:
+            if needs_lab and suite == needs_lab[0] and not _prepare():
+                counts["failed"] += 1
+                break
+            _suite(suite, full, counts)
+    finally:
+        if needs_lab:
+            lab.down(SITE)
+    print(f"test: {counts['passed']} passed, {counts['failed']} failed", flush=True)
+    return 1 if counts["failed"] or not counts["passed"] else 0
+
+
+def _prepare() -> bool:
+    """A fresh, deployed lab; says how long each phase took."""
+    site = sitefile.load(SITE)
+    doctor.checks(fix=True)
+    lab.ensure_requirements()
+    lab.down(SITE)
+    with phase("images and lab up"):
+        lab.up(site, secrets.ensure(site))
+    with phase("deploy"):
+        # In a process of its own, for the lab's network is entered for good and later suites start labs of their own.
+        return _apart(lambda: run.playbook(site, "deploy")["ok"])
+
+
+def _suite(suite: str, full: bool, counts: dict[str, int]) -> None:
+    arguments = [f"tests/{suite}", *(["--full"] if full and suite == "lab" else [])]
+    if suite == "verify":
+        arguments += ["--site", SITE, *run.VERIFY]
+    with phase(f"tests/{suite}"):
+        status, cases = run.pytest(*arguments, env=os.environ | {"POSTHOUSE_SITE": SITE})
+    for outcome in counts:
+        counts[outcome] += sum(case["outcome"] == outcome for case in cases)
+    if status and not any(case["outcome"] == "failed" for case in cases):
+        counts["failed"] += 1  # pytest itself came to grief: an import error, a usage error, no test at all
+
+
+def _apart(work: Callable[[], bool]) -> bool:
+    """Does some work in a child process; returns what it returned."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@contextmanager
+def phase(name: str) -> Any:
+    """Prints how long something took."""
+    started = time.monotonic()
+    yield
+    print(f"-- {name}: {time.monotonic() - started:.0f} s", flush=True)
