@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 
 from posthouse.lab import processes
@@ -54,13 +55,21 @@ def start(layout: Layout, site: Site, secrets: Secrets) -> None:
     file.write_text(config)
     run(["knotc", "--config", str(file), "zone-check"])
     group = layout.services / "dns"
-    control = ["knotc", "--socket", str(layout.runtime / "knot.sock")]
-    if processes.running(group):
-        run([*control, "reload"])
+    control = ["knotc", "--timeout", "3", "--socket", str(layout.runtime / "knot.sock")]
+    if processes.running(group) and _succeeds([*control, "reload"]):
         return
     processes.end(group)
+    # Left by one that was killed; knotd would take whoever has its number now for itself.
+    (layout.runtime / "knot.pid").unlink(missing_ok=True)
     server = ["ip", "netns", "exec", layout.namespace, "knotd", "--config", str(file)]
-    processes.spawn(group, server, layout.state / "knot.log")
+    log = layout.state / "knot.log"
+    processes.spawn(group, server, log)
+    complaint = f"{layout.lab}: the name server does not start; {log} says why"
+    processes.until(lambda: _succeeds([*control, "status"]), 20, complaint)
+
+
+def _succeeds(command: list[str]) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _files(texts: dict[str, str]) -> dict[str, str]:

@@ -19,13 +19,15 @@ SIGNATURES = (
 
 def start(layout: Layout, address: str) -> None:
     """Starts the server on the controller's address, unless it runs."""
+    folder = layout.state / "updates"
+    (folder / "clamav").mkdir(parents=True, exist_ok=True)
+    signatures = folder / "clamav" / "lab.ndb"
+    if not signatures.exists():
+        signatures.write_text(SIGNATURES)
     group = layout.services / "updates"
     if processes.running(group):
         return
     processes.end(group)
-    folder = layout.state / "updates"
-    (folder / "clamav").mkdir(parents=True, exist_ok=True)
-    (folder / "clamav" / "lab.ndb").write_text(SIGNATURES)
     source = image.mirror()
     # A node says http, whatever the mirror speaks: it has no certificates for what this machine may have in between.
     mirrors = {uri.replace("https://", "http://"): uri for uri in (line.split()[2] for line in source.sources)}
