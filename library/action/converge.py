@@ -18,7 +18,7 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
-from posthouse import render, secrets, sitefile
+from posthouse import render, roles, secrets, sitefile
 from posthouse.inventory import RUNTIME
 
 
@@ -35,7 +35,7 @@ class ActionModule(ActionBase):
         started = time.monotonic()
         try:
             desired = self._desired(task_vars)
-        except (render.RenderError, secrets.SecretsError, sitefile.SiteError) as error:
+        except (render.RenderError, roles.RoleError, secrets.SecretsError, sitefile.SiteError) as error:
             raise AnsibleActionFail(str(error)) from None
         packed = base64.b64encode(zlib.compress(json.dumps(desired).encode(), 1)).decode()
 

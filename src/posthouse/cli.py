@@ -315,6 +315,15 @@ def test(
     raise typer.Exit(selftest.test(suites or [], full))
 
 
+@app.command()
+def docs() -> None:
+    """Write docs/reference anew, from the site model, the roles and this command line."""
+    from posthouse import reference
+
+    for path in reference.write():
+        console.print(f"wrote {path}")
+
+
 @bench_app.command("converge")
 def bench_converge(
     site: SiteName = "lab", runs: Annotated[int, typer.Option(min=1)] = 3, as_json: Json = False
@@ -340,12 +349,14 @@ def main() -> None:
     """Entry point: errors are one sentence that names the place, the reason and the fix."""
     from posthouse.image import ImageError
     from posthouse.lab import LabError
+    from posthouse.render import RenderError
+    from posthouse.roles import RoleError
     from posthouse.run import Busy
 
     started = time.monotonic()
     try:
         app()
-    except (SiteError, SecretsError, Busy, ImageError, LabError) as error:
+    except (SiteError, SecretsError, RoleError, RenderError, Busy, ImageError, LabError) as error:
         sys.exit(f"posthouse: {error}")
     except KeyboardInterrupt:
         sys.exit(f"posthouse: stopped after {time.monotonic() - started:.0f} s; running the same command again goes on")

@@ -10,6 +10,7 @@ from typing import Any
 
 from posthouse import render
 from posthouse.model import Site
+from posthouse.roles import RoleError
 from posthouse.secrets import Secrets
 from posthouse.sitefile import SiteError, load
 
@@ -72,5 +73,5 @@ def main(name: str) -> None:
     """The inventory script's own main: prints the inventory of a site as JSON."""
     try:
         json.dump({} if "--host" in sys.argv else inventory(load(name)), sys.stdout)
-    except SiteError as error:
+    except (SiteError, RoleError) as error:
         sys.exit(str(error))

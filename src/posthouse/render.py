@@ -6,6 +6,7 @@ The converge action plugin, `posthouse render`, the golden tests and the benchma
 from __future__ import annotations
 
 import subprocess
+import traceback
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -55,10 +56,7 @@ def shared_variables(site: Site) -> Variables:
         "stores": [_store(store) for store in site.stores.values()],
         "directory": {
             "suffix": site.suffix,
-            "providers": [
-                {"id": i, **_node(site.nodes[name])}
-                for i, name in enumerate(site.directory.providers, 1)  # type: ignore[attr-defined]
-            ],
+            "providers": [{"id": i, **_node(site.nodes[name])} for i, name in enumerate(site.directory.providers, 1)],
         },
         "accounts": site.accounts.model_dump(),
         "tls_minimum": site.tls.minimum_version,
@@ -87,8 +85,8 @@ def node_variables(site: Site, node: Node) -> Variables:
 def generation(variables: Variables, tiers: list[str]) -> dict[str, Any]:
     """What these tiers make of a node: the desired generation that the converge module compares and applies.
 
-    Returns {"tiers", "packages": [name], "groups": [{"user", "group", "tier"}], "directories": {path: {mode, owner, group}},
-    "files": {path: {"content", "mode", "owner", "group", "tier"}},
+    Returns {"tiers", "packages": [name], "groups": [{"user", "group", "tier"}],
+    "directories": {path: {mode, owner, group}}, "files": {path: {"content", "mode", "owner", "group", "tier"}},
     "services": [{"unit", "tier", "owns", "check", "on_change", "restart_for", "ready"}]}. Raises RenderError.
     """
     desired: dict[str, Any] = {
@@ -152,11 +150,17 @@ def _content(tier: str, source: Path, variables: Variables) -> str:
     try:
         return _environment().get_template(str(source.relative_to(roles.ROLES))).render(variables)
     except jinja2.TemplateSyntaxError as error:
-        raise RenderError(f"{source.relative_to(roles.ROOT)}:{error.lineno}: {error.message}") from None
-    except jinja2.TemplateError as error:
-        raise RenderError(
-            f"{source.relative_to(roles.ROOT)}: {error.message}; is the variable declared for this tier?"
-        ) from None
+        raise RenderError(f"{_relative(error.filename or source)}:{error.lineno}: {error.message}") from None
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Jinja2 gives its templates frames of their own in the traceback: the last one is where it happened.
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(str(roles.ROLES))]
+        where = f"{_relative(frames[-1].filename)}:{frames[-1].lineno}" if frames else _relative(source)
+        hint = "; is the variable declared for this tier?" if isinstance(error, jinja2.UndefinedError) else ""
+        raise RenderError(f"{where}: {error}{hint}") from None
+
+
+def _relative(path: str | Path) -> Path:
+    return Path(path).relative_to(roles.ROOT)
 
 
 @cache

@@ -164,11 +164,19 @@ def read_manifest(text: str, path: Path) -> dict[str, Any]:
 
 
 @cache
+def _interface(tier: str) -> dict[str, Any]:
+    path = ROLES / tier / "meta" / "argument_specs.yml"
+    return dict(yaml.load(path.read_text(), Loader=yaml.CSafeLoader)["argument_specs"]["main"]) if path.exists() else {}
+
+
 def settings(tier: str) -> dict[str, dict[str, Any]]:
     """The role's settings as its argument_specs declares them: {setting without the tier's prefix: spec}."""
-    path = ROLES / tier / "meta" / "argument_specs.yml"
-    specs = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)["argument_specs"]["main"] if path.exists() else {}
-    return {name.removeprefix(f"{tier}_"): spec for name, spec in specs.get("options", {}).items()}
+    return {name.removeprefix(f"{tier}_"): spec for name, spec in _interface(tier).get("options", {}).items()}
+
+
+def description(tier: str) -> str:
+    """What the role is, in half a sentence."""
+    return str(_interface(tier).get("short_description", tier))
 
 
 def packages(tiers: list[str] | tuple[str, ...]) -> list[str]:
