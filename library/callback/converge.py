@@ -31,6 +31,7 @@ WORDS = {
     "restart": "restarted",
     "reload": "reloaded",
     "unhealthy": "unhealthy",
+    "did": "did",
 }
 
 
@@ -47,7 +48,7 @@ class CallbackModule(CallbackBase):
 
     def _note(self, result: Any, word: str, text: str, color: str, ok: bool) -> None:
         node, data = result.host.get_name(), result.result
-        steps = data.get("steps") or {}
+        steps = _steps(data)
         entry = self.nodes.setdefault(node, {"ok": True, "changed": False, "restarted": [], "seconds": 0.0})
         entry["ok"] &= ok
         entry["changed"] |= bool(data.get("changed"))
@@ -61,7 +62,7 @@ class CallbackModule(CallbackBase):
 
     def v2_runner_on_ok(self, result: Any) -> None:
         data = result.result
-        steps = data.get("steps") or {}
+        steps = _steps(data)
         parts = [f"{word} {_list(steps[key])}" for key, word in WORDS.items() if steps.get(key)]
         seconds = f" ({data['seconds']} s)" if "seconds" in data else ""
         changed = data.get("changed", False)
@@ -84,6 +85,12 @@ class CallbackModule(CallbackBase):
         report = self.get_option("report")
         if report:
             Path(report).write_text(json.dumps({"nodes": self.nodes}))
+
+
+def _steps(data: dict[str, Any]) -> dict[str, list[Any]]:
+    """The steps by kind, as converge gives them; other modules give a list of sentences."""
+    steps = data.get("steps") or {}
+    return steps if isinstance(steps, dict) else {"did": steps}
 
 
 def _list(items: list[Any]) -> str:

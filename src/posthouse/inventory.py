@@ -21,6 +21,7 @@ RUNTIME = Path("/run/posthouse")
 def inventory(site: Site) -> dict[str, Any]:
     """What `ansible-inventory --list` wants of a dynamic inventory, without any secret."""
     groups = {name: {"hosts": [node.name for node in nodes]} for name, nodes in site.groups.items() if nodes}
+    groups["providers"] = {"hosts": list(site.directory.providers)}
     hostvars = {
         node.name: {"ansible_host": node.address} | render.node_variables(site, node) for node in site.nodes.values()
     }
