@@ -30,6 +30,7 @@ LARGEST_RANGE = 4096
 RESERVED = {
     "all": "Ansible's group of everything",
     "ungrouped": "a group of Ansible's own",
+    "providers": "the group of the directory's providers",
     "localhost": "every machine's own",
     "controller": "the controller's",
     "dnsbl": "the lab's block list's",
@@ -442,6 +443,12 @@ class Site(Strict):
             )
         if lab.outside.prefixlen > 28:
             yield ("lab", "outside"), f"{lab.outside} is too small for the rest of the world; a /28 is the least"
+        for i, address in enumerate(self.network.resolvers):
+            if address != self.network.controller:
+                yield (
+                    ("network", "resolvers", str(i)),
+                    f"in the lab only the controller answers DNS; write {self.network.controller}",
+                )
         for i, address in enumerate(lab.listed):
             if address not in lab.outside:
                 yield (
@@ -511,6 +518,8 @@ class Site(Strict):
                     ("nodes", key),
                     f"the name {name} is {taken[name]}; call the node otherwise, for instance {name}-1",
                 )
+        for name in RESERVED.keys() & self.classes.keys():
+            yield ("classes", name), f"the name {name} is {RESERVED[name]}; call the class otherwise"
         longest = max((name for _, name, _ in self._places), key=len)
         if len(f"{longest}.{self.domain}") > LONGEST_FQDN:
             reason = f"{longest}.{self.domain} is longer than the {LONGEST_FQDN} characters that a host's name may have"

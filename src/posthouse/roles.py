@@ -95,7 +95,9 @@ class Service(Strict):
     """A systemd service of the role: enabled, running, and acted on when files that it owns change."""
 
     owns: list[Path_] = Field([], description="files, folders or patterns; a change in them acts on the service")
-    check: str | list[str] = Field([], description="validators, run before anything is replaced")
+    check: str | list[str] = Field(
+        [], description="validators, run on the node; they see the new files in place, and nobody else does yet"
+    )
     on_change: Literal["restart", "reload"] = Field("restart", description="what a change in an owned file does")
     restart_for: list[Path_] = Field([], description="with `on_change: reload`, files that need a restart nevertheless")
     ready: Ready | list[Ready] = Field([], description="health checks: `KIND HOST:PORT`, `unix PATH` or `exec COMMAND`")
