@@ -126,7 +126,9 @@ def mirror() -> Mirror:
     `-updates` and `-security` are left out where the mirror does not carry them.
     """
     codename = _os_release()["VERSION_CODENAME"]
-    ask = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Identifier: Packages"]
+    # Without --no-release-info apt lists only what it has fetched an index of; a fresh machine has fetched none.
+    fields = "$(REPO_URI) $(RELEASE) $(COMPONENT)"
+    ask = ["apt-get", "indextargets", "--no-release-info", "--format", fields, "Identifier: Packages"]
     asked = subprocess.run(ask, capture_output=True, text=True, check=False)
     found = [line.split() for line in asked.stdout.splitlines()]
     by_release = {release: _plain_uri(uri) for uri, release, component in reversed(found) if component == "main"}

@@ -97,11 +97,11 @@ def make_hub(layout: Layout, addresses: list[str], prefixlen: int, outside: str)
         for scope in ("all", "default"):
             (settings / "conf" / scope / "rp_filter").write_text("0")
     commands = [
-        "link set lo up",
+        "link set dev lo up",
         # An address of its own: a bridge otherwise takes the lowest of its ports', which changes as nodes come and go.
-        f"link add {BRIDGE} address {_mac(addresses[0])} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
+        f"link add name {BRIDGE} address {_mac(addresses[0])} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
         *(f"addr add {address}/{prefixlen} dev {BRIDGE}" for address in addresses),
-        f"link set {BRIDGE} addrgenmode none up",
+        f"link set dev {BRIDGE} addrgenmode none up",
         # The whole network is local: clients in here may call from any of its addresses, and servers listen on them.
         f"route add local {outside} dev lo",
     ]
@@ -117,15 +117,15 @@ def plug(layout: Layout, node: str, interface: str, address: str, prefixlen: int
     _batch(
         layout.namespace,
         [
-            f"link add {port} type veth peer name {interface} address {_mac(address)} netns {namespace}",
-            f"link set {port} master {BRIDGE} addrgenmode none up",
+            f"link add name {port} type veth peer name {interface} address {_mac(address)} netns {namespace}",
+            f"link set dev {port} master {BRIDGE} addrgenmode none up",
         ],
     )
     _batch(
         namespace,
         [
-            "link set lo up",
-            f"link set {interface} addrgenmode none up",
+            "link set dev lo up",
+            f"link set dev {interface} addrgenmode none up",
             f"addr add {address}/{prefixlen} dev {interface}",
             f"route add default via {gateway}",
         ],
@@ -143,7 +143,7 @@ def plugged(layout: Layout, node: str) -> bool:
 def unplug(layout: Layout, node: str) -> None:
     """Pulls a node's cable: from now on nobody hears it, and no address of its answers."""
     if plugged(layout, node):
-        run(["ip", "-n", layout.namespace, "link", "del", _port(node)])
+        run(["ip", "-n", layout.namespace, "link", "del", "dev", _port(node)])
 
 
 def remove(namespace: str) -> None:

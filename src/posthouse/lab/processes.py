@@ -30,6 +30,7 @@ def spawn(
             stderr=out,
             env={**os.environ, **(env or {})},
             pass_fds=fds,
+            start_new_session=True,
             cwd="/",
             check=False,
         )
@@ -47,7 +48,7 @@ def running(cgroup: Path) -> bool:
 
 def pids(cgroup: Path) -> Iterator[int]:
     """Every process in the group and below it."""
-    for file in [cgroup / "cgroup.procs", *cgroup.glob("**/cgroup.procs")]:
+    for file in cgroup.glob("**/cgroup.procs"):
         try:
             yield from (int(pid) for pid in file.read_text().split())
         except OSError:
