@@ -122,7 +122,7 @@ class Manifest(Strict):
     )
     ports: list[Port] = Field([], description="what may be reached from where; everything else is closed")
     groups: dict[str, list[str]] = Field({}, description="supplementary groups of system users")
-    each: dict[str, Literal["node_stores"]] = Field(
+    each: dict[str, Literal["node_stores", "dkim"]] = Field(
         {},
         description="`{NAME}` in a path, unit or command stands for each item of that variable, as `NAME` in templates",
     )

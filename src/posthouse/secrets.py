@@ -66,9 +66,15 @@ class Secrets:
 
     @cached_property
     def dkim(self) -> list[dict[str, str]]:
-        """Signing keys: [{"domain", "selector", "key" (PEM), "record" (the DNS TXT value)}]."""
+        """Signing keys: [{"name" (the domain), "domain", "selector", "key" (PEM), "record" (the DNS TXT value)}]."""
         return [
-            {"domain": domain, "selector": entry["selector"], "key": entry["key"], "record": _dkim_record(entry["key"])}
+            {
+                "name": domain,
+                "domain": domain,
+                "selector": entry["selector"],
+                "key": entry["key"],
+                "record": _dkim_record(entry["key"]),
+            }
             for domain, entry in self.data["dkim"].items()
         ]
 
