@@ -4,7 +4,8 @@ import difflib
 
 import pytest
 
-from posthouse import reference
+from posthouse import reference, render, roles
+from posthouse.sitefile import load
 
 
 @pytest.mark.parametrize("name", ["site.md", "roles.md", "manifest.md", "cli.md"])
@@ -20,3 +21,11 @@ def test_reference_is_current(name: str, pytestconfig: pytest.Config) -> None:
 
 def test_there_are_no_other_pages() -> None:
     assert {path.name for path in reference.FOLDER.iterdir()} == set(reference.pages())
+
+
+def test_the_guide_names_every_variable_of_a_template() -> None:
+    site = load("lab")
+    variables = {*render.shared_variables(site), *render.node_variables(site, site.nodes["mail1"])}
+    variables -= {name for tier in roles.TIERS for name in site.settings(tier)}
+    table = (roles.ROOT / "docs" / "engine.md").read_text().partition("## Variables")[2].partition("\n## ")[0]
+    assert sorted(name for name in variables if f"`{name}`" not in table) == []
