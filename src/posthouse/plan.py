@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -214,7 +215,9 @@ def write_tree(site: Site, out: Path, with_secrets: bool) -> int:
         for path, file in files.items():
             _write(out / path, file)
     except OSError as error:
-        raise SiteError(out, [f"{error.filename}: {error.strerror}; what was written so far is still there"]) from None
+        for begun in out.iterdir() if out.is_dir() else ():
+            shutil.rmtree(begun)
+        raise SiteError(out, [f"{error.filename}: {error.strerror}; name a folder where there is room"]) from None
     return len(files)
 
 

@@ -16,7 +16,13 @@ from posthouse.model import Site
 from posthouse.sitefile import load
 
 GOLDEN = Path(__file__).parent / "golden"
-KEY = {"name": "lab.test", "domain": "lab.test", "selector": "ph1", "key": "the DKIM key\n", "record": "v=DKIM1; k=rsa; p=record"}
+KEY = {
+    "name": "lab.test",
+    "domain": "lab.test",
+    "selector": "ph1",
+    "key": "the DKIM key\n",
+    "record": "v=DKIM1; k=rsa; p=record",
+}
 
 
 @pytest.fixture(scope="module")

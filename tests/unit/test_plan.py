@@ -175,6 +175,22 @@ def test_tree_in_a_place_that_cannot_be_written(site: Site, tmp_path: Path) -> N
         plan.write_tree(site, tmp_path / "file" / "out", with_secrets=False)
 
 
+def test_tree_that_does_not_fit_leaves_nothing(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, written = plan._write, []
+
+    def write_some(path: Path, file: dict[str, str]) -> None:
+        if len(written) == 50:
+            raise OSError(28, "No space left on device", str(path))
+        written.append(path)
+        write(path, file)
+
+    monkeypatch.setattr(plan, "_write", write_some)
+    with pytest.raises(SiteError, match="No space left on device"):
+        plan.write_tree(site, tmp_path / "out", with_secrets=False)
+    assert len(written) == 50
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_million_is_planned_and_rendered_whole(tmp_path: Path) -> None:
     site = load("million")
     assert all(found["headroom"] >= 1 for found in plan.load(site))
