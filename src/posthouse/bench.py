@@ -45,11 +45,16 @@ def converge(site: Site, runs: int) -> dict[str, Any]:
             variables = render.shared_variables(site) | render.node_variables(site, node) | opened.for_node(node)
             generations[node.name] = render.generation(variables, list(node.tiers))
             _private(work / f"{node.name}.json", json.dumps(variables))
+        for tier in roles.TIERS:
+            # Templates include each other by their role, and each engine looks for them where it is started.
+            (work / tier).symlink_to(roles.ROLES / tier)
         _private(work / "stock.yml", yaml.safe_dump(stock(site, generations, work), sort_keys=False, width=1000))
         _private(work / "deploy.py", PYINFRA_DEPLOY)
         _private(work / "hosts.py", _pyinfra_hosts(site, generations, work, config))
         engines = Engines(site, work)
         for engine in ("mitogen", "pyinfra"):  # stock runs Mitogen's very playbook
+            for node in site.nodes:  # an earlier proof may have been interrupted
+                subprocess.run(["ssh", "-F", config, node, f"rm -rf {PROOF}"], check=True)
             engines.run(engine, prefix=PROOF)
             _prove(site, generations, engine, config)
         times: dict[str, list[float]] = {name: [] for name in ("posthouse", "stock", "mitogen", "pyinfra")}

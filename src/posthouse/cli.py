@@ -347,6 +347,7 @@ def bench_converge(
 
 def main() -> None:
     """Entry point: errors are one sentence that names the place, the reason and the fix."""
+    from posthouse.bench import Unequal
     from posthouse.image import ImageError
     from posthouse.lab import LabError
     from posthouse.render import RenderError
@@ -356,7 +357,7 @@ def main() -> None:
     started = time.monotonic()
     try:
         app()
-    except (SiteError, SecretsError, RoleError, RenderError, Busy, ImageError, LabError) as error:
+    except (SiteError, SecretsError, RoleError, RenderError, Busy, ImageError, LabError, Unequal) as error:
         sys.exit(f"posthouse: {error}")
     except KeyboardInterrupt:
         sys.exit(f"posthouse: stopped after {time.monotonic() - started:.0f} s; running the same command again goes on")
