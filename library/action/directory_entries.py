@@ -25,10 +25,6 @@ def arguments(site: Site, passwords: dict[str, str], node: str) -> dict[str, Any
         password = passwords[f"directory_{name}"]
         return {"dn": f"cn={name},ou=services,{suffix}", "attributes": attributes, "password": password}
 
-    def provider(name: str) -> dict[str, Any]:
-        # Its own to write; see slapd-open.service.
-        return {"dn": f"cn={name},ou=providers,{suffix}", "attributes": {"objectClass": ["device"], "cn": [name]}}
-
     base = {"objectClass": ["dcObject", "organization"], "dc": [site.domain.partition(".")[0]], "o": [site.name]}
     replicator = service("replicator", "Nodes copying the directory from its providers")
     return {
@@ -39,8 +35,6 @@ def arguments(site: Site, passwords: dict[str, str], node: str) -> dict[str, Any
             unit("services", "Programs that log in at the directory"),
             replicator,
             service("accounts", "posthouse account"),
-            unit("providers", "Nodes that take writes"),
-            *(provider(name) for name in site.directory.providers),  # type: ignore[attr-defined]
         ],
         "peers": [site.nodes[name].fqdn for name in site.directory.providers if name != node],  # type: ignore[attr-defined]
         "replicator": {"dn": replicator["dn"], "password": replicator["password"]},

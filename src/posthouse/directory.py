@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -137,10 +138,12 @@ class Directory:
 
     def delete(self, address: str) -> None:
         """Removes the entry, if it is there. Raises DirectoryError."""
-        try:
-            self._ask(lambda c: c.delete(self._dn(address)))
-        except ldap_errors.LDAPNoSuchObjectResult:
-            return
+
+        def delete(connection: Any) -> None:
+            with contextlib.suppress(ldap_errors.LDAPNoSuchObjectResult):
+                connection.delete(self._dn(address))
+
+        self._ask(delete)
 
     def _dn(self, address: str) -> str:
         return f"uid={escape_rdn(address)},{self._base}"
@@ -166,10 +169,8 @@ class Directory:
 
     def _search(self, base: str, terms: str, scope: str, attributes: list[str]) -> list[dict[str, list[str]]]:
         def search(connection: Any) -> list[dict[str, list[str]]]:
-            try:
+            with contextlib.suppress(ldap_errors.LDAPNoSuchObjectResult):
                 connection.search(base, terms, search_scope=scope, attributes=attributes)
-            except ldap_errors.LDAPNoSuchObjectResult:
-                return []
             return [_decoded(item, attributes) for item in connection.response if item["type"] == "searchResEntry"]
 
         return self._ask(search)
@@ -203,8 +204,6 @@ class Directory:
             return question(self._connection)
         except (ldap_errors.LDAPEntryAlreadyExistsResult, ldap_errors.LDAPConstraintViolationResult) as error:
             raise AddressTaken(f"an account with one of these addresses exists already ({error.message})") from None
-        except ldap_errors.LDAPNoSuchObjectResult:
-            raise
         except ldap_errors.LDAPOperationResult as error:
             reason = f"{error.description} {error.message}".strip()
             raise DirectoryError(f"the directory ({self._connection.server.host}) refused: {reason}") from None
