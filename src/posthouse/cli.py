@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from posthouse import __version__
+from posthouse import __version__, account_cli
 from posthouse.secrets import SecretsError
 from posthouse.sitefile import SiteError, load
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 lab_app = typer.Typer(help="Run a site on this machine, in network namespaces of its own.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure, as ratios in one run.", no_args_is_help=True)
+app.add_typer(account_cli.app, name="account")
 app.add_typer(lab_app, name="lab")
 app.add_typer(bench_app, name="bench")
 
@@ -347,9 +348,12 @@ def bench_converge(
 
 def main() -> None:
     """Entry point: errors are one sentence that names the place, the reason and the fix."""
+    from posthouse.accounts import AccountError
     from posthouse.bench import Unequal
+    from posthouse.directory import DirectoryError
     from posthouse.image import ImageError
     from posthouse.lab import LabError
+    from posthouse.mailboxes import SieveError, StoreError
     from posthouse.render import RenderError
     from posthouse.roles import RoleError
     from posthouse.run import Busy
@@ -357,7 +361,20 @@ def main() -> None:
     started = time.monotonic()
     try:
         app()
-    except (SiteError, SecretsError, RoleError, RenderError, Busy, ImageError, LabError, Unequal) as error:
+    except (
+        AccountError,
+        Busy,
+        DirectoryError,
+        ImageError,
+        LabError,
+        RenderError,
+        RoleError,
+        SecretsError,
+        SieveError,
+        SiteError,
+        StoreError,
+        Unequal,
+    ) as error:
         sys.exit(f"posthouse: {error}")
     except KeyboardInterrupt:
         sys.exit(f"posthouse: stopped after {time.monotonic() - started:.0f} s; running the same command again goes on")
