@@ -117,11 +117,15 @@ class Directory:
         return counts
 
     def add(self, account: Account, password_hash: str) -> None:
-        """Makes the entry, whole. Raises AddressTaken, DirectoryError."""
+        """Makes the entry, whole. Raises AddressTaken, DirectoryError.
+
+        If the provider is lost before it answers, it may have made the entry or not. Making another one elsewhere would
+        leave two of one name for the providers to fight over, so that is an error.
+        """
         attributes = account.attributes(self._site.stores[account.store].host)
         attributes |= {"uid": [account.address], "userPassword": [password_hash]}
         filled = {name: values for name, values in attributes.items() if values}
-        self._ask(lambda c: c.add(self._dn(account.address), OBJECT_CLASSES, filled))
+        self._ask(lambda c: c.add(self._dn(account.address), OBJECT_CLASSES, filled), again=False)
 
     def change(self, have: Account, want: Account) -> None:
         """Changes what differs between two states of one account. Raises AddressTaken, DirectoryError."""
@@ -195,7 +199,7 @@ class Directory:
     def _ask(self, question: Callable[[Any], Result], again: bool = True) -> Result:
         """Puts a question to the provider; if the connection is lost, once more to the first one that answers then.
 
-        Repeating is safe: everything asked here gives the same state when done twice.
+        `again` says that repeating it is harmless.
         """
         fresh = self._connection is None
         if self._connection is None:
@@ -208,9 +212,12 @@ class Directory:
             reason = f"{error.description} {error.message}".strip()
             raise DirectoryError(f"the directory ({self._connection.server.host}) refused: {reason}") from None
         except (ldap_errors.LDAPExceptionError, OSError) as error:
+            host = self._connection.server.host
             self._connection = None
             if fresh or not again:
-                raise DirectoryError(f"the directory was lost in the middle ({error}); run the command again") from None
+                raise DirectoryError(
+                    f"the directory ({host}) was lost in the middle ({error}); run the command again"
+                ) from None
             return self._ask(question)
 
     def _connect(self) -> Any:
