@@ -40,32 +40,26 @@ class Mailboxes:
         self._passwords = secrets.passwords
         self._tls = ssl.create_default_context(cadata=secrets.ca_cert)
         self._admin_connection: imaplib.IMAP4 | None = None
-        self._user_connection: imaplib.IMAP4 | None = None
         self._sieve_connection: ManageSieve | None = None
 
     def close(self) -> None:
         """Ends all connections."""
-        for connection in (self._admin_connection, self._user_connection):
-            if connection is not None:
-                _quietly(connection.logout)
+        if self._admin_connection is not None:
+            _quietly(self._admin_connection.logout)
         if self._sieve_connection is not None:
             _quietly(self._sieve_connection.close)
-        self._admin_connection = self._user_connection = self._sieve_connection = None
+        self._admin_connection = self._sieve_connection = None
 
     def make(self, address: str) -> None:
         """Makes an account's mailbox and its standard folders, unless they are there. Raises StoreError."""
         # Cyrus does it at the first login. `proxy` may log in for anyone, also for those not yet in the directory.
+        # A session is one account's for good: Cyrus takes UNAUTHENTICATE from its admins alone.
         try:
-            if self._user_connection is None:
-                self._user_connection = _Imap(self.store, self._tls)
-            connection = self._user_connection
+            connection = _Imap(self.store, self._tls)
             connection.authenticate("PLAIN", lambda _: f"{address}\0proxy\0{self._passwords['store_proxy']}".encode())
             _expect(connection.status("INBOX", "(MESSAGES)"))
-            # The next account is served over the same connection.
-            _expect(connection.xatom("UNAUTHENTICATE"))
-            connection.state = "NONAUTH"
+            connection.logout()
         except (imaplib.IMAP4.error, OSError) as error:
-            self._user_connection = None
             raise self._error("IMAP", error) from None
 
     def usage(self, address: str) -> tuple[int, int]:
