@@ -194,8 +194,9 @@ def _plan_services(desired, current, plan, check_health):
             plan["restart"].append(unit)
         elif owned:
             plan["reload"].append(unit)
-        # A unit file that is not there yet is enabled too; systemd says "" for it.
-        if state.get("UnitFileState") in ("disabled", ""):
+        # systemd says "" of a unit file that is not there yet, "generated" of an init script that this one will replace.
+        replaced = state.get("UnitFileState") == "generated" and f"{SYSTEM_UNITS}{unit}" in plan["write"]
+        if state.get("UnitFileState") in ("disabled", "") or replaced:
             plan["enable"].append(unit)
     if check_health:
         busy = plan["start"] + plan["restart"]

@@ -36,7 +36,7 @@ Tier = Annotated[list[str] | None, typer.Option("--tier", help="Only this tier (
 Limit = Annotated[str | None, typer.Option("--limit", metavar="NODES", help="Only these nodes: mail1,mail2 or mail*.")]
 
 # People read what a verb did on standard error's terminal too, so that --json leaves standard output to the machine.
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 progress = Console(stderr=True, soft_wrap=True)
 
 

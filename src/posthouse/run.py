@@ -125,16 +125,12 @@ def verify(site: Site, tiers: list[str] | None = None, quiet: bool = False) -> d
     _, cases = pytest(*arguments, env=environment(site), quiet=quiet)
     checks = []
     for case in cases:
-        name, _, node = case["name"].rstrip("]").partition("[")
+        name, _, parameters = str(case["name"]).rstrip("]").partition("[")
+        node = next((n for n in site.nodes if n in parameters.split("-")), "")
+        rest = "-".join(part for part in parameters.split("-") if part != node)
+        check = name.removeprefix("test_").replace("_", " ") + (f": {rest}" if rest else "")
         tier = str(case["where"]).rpartition("test_")[2]
-        checks.append(
-            {
-                "tier": tier,
-                "check": name.removeprefix("test_"),
-                "node": node,
-                **{k: case[k] for k in ("outcome", "seconds", "message")},
-            }
-        )
+        checks.append({"tier": tier, "check": check, "node": node, **{k: case[k] for k in ("outcome", "seconds", "message")}})
     return {
         "passed": sum(check["outcome"] == "passed" for check in checks),
         "failed": sum(check["outcome"] == "failed" for check in checks),
