@@ -1,0 +1,212 @@
+"""What breaks, and what mail does meanwhile: it waits. It is never lost, bounced or let through unscanned."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import pytest
+from clients import Imap, Smtp, digest, eventually, letter
+from ledger import Ledger, Stream, search
+
+from posthouse import lab
+
+SENDER = "stranger@example.net"
+
+
+@contextlib.contextmanager
+def stopped(nodes, tier: str, *units: str, only: str | None = None) -> Iterator[None]:
+    """Services are down meanwhile, on all nodes of a tier or on one."""
+    names = " ".join(units)
+
+    def everywhere(command: str) -> None:
+        if only:
+            nodes.run(only, command)
+        else:
+            nodes.each(tier, command)
+
+    everywhere(f"systemctl stop {names}")
+    try:
+        yield
+    finally:
+        everywhere(f"systemctl start {names}")
+
+
+def try_to_send(platform, friend, recipient, message):
+    """The reply to one attempt to send a message from outside."""
+    with Smtp(platform, source=friend) as client:
+        return client.transaction(SENDER, recipient, message.data)
+
+
+def sent_at_last(platform, friend, person, message) -> None:
+    """A sender who was put off tries again, and the message arrives, once."""
+    eventually(lambda: try_to_send(platform, friend, person.address, message).code == 250, 30, "250 after the outage")
+    with Imap(platform, person) as imap:
+        assert len(eventually(lambda: imap.messages(message.id), 20, message.id)) == 1
+
+
+def test_no_directory(platform, nodes, friend, people, site):
+    """With every directory stopped known and unknown users get 451, and 250 and 550 again afterwards"""
+    known, unknown = people.alice.address, f"nobody-here@{site.domain}"
+
+    def answers() -> list[int]:
+        with Smtp(platform, source=friend) as client:
+            client.ehlo()
+            client.mail(SENDER)
+            return [client.rcpt(known)[0], client.rcpt(unknown)[0]]
+
+    assert answers() == [250, 550]
+    with stopped(nodes, "directory", "slapd"):
+        for _ in nodes.of("mx"):
+            assert answers() == [451, 451]
+    eventually(lambda: answers() == [250, 550], 30, "250 for the known and 550 for the unknown user")
+
+
+@pytest.mark.parametrize("unit", ["clamav-daemon", "clamav-milter", "spamd", "mimedefang"])
+def test_no_scanner(platform, nodes, friend, people, unit):
+    """With {unit} stopped mail gets 4xx, and is delivered only when it can be scanned"""
+    message = letter(SENDER, people.carol.address)
+    with stopped(nodes, "filter", unit):
+        for _ in nodes.of("filter"):
+            reply = try_to_send(platform, friend, people.carol.address, message)
+            assert 400 <= reply.code < 500, reply
+        with Imap(platform, people.carol) as imap:
+            assert imap.messages(message.id) == []
+    sent_at_last(platform, friend, people.carol, message)
+
+
+def test_no_store(platform, nodes, friend, people, world):
+    """With a store stopped its mail is taken and waits, others' mail flows, and all is delivered when it is back"""
+    store = platform.site.stores[people.alice.store]
+    ledger = Ledger()
+    with stopped(nodes, "store", f"cyrus@{store.name}", only=store.primary):
+        for person in (people.alice, people.bob):
+            for _ in range(3):
+                message = letter(SENDER, person.address)
+                assert try_to_send(platform, friend, person.address, message).code == 250
+                ledger.acknowledged[message.id, person.address] = digest(message.data)
+        with Imap(platform, people.bob) as imap:
+            eventually(lambda: imap.messages(message.id), 20, "mail to the other store")
+    nodes.flush()
+    eventually(lambda: not nodes.waiting_for(people.alice.address), 60, "an empty queue")
+    assert ledger.complaints(search(platform, nodes, [people.alice, people.bob], world)) == []
+
+
+def test_harness(platform, nodes, friend, people, world):
+    """The proof of no loss notices when a message is lost, doubled or changed"""
+    ledger = Ledger()
+    messages = [letter(SENDER, people.dave.address, f"Number {number}") for number in range(4)]
+    for message in messages:
+        assert try_to_send(platform, friend, people.dave.address, message).code == 250
+        ledger.acknowledged[message.id, people.dave.address] = digest(message.data)
+    with Imap(platform, people.dave) as imap:
+        for message in messages:
+            eventually(lambda m=message: imap.messages(m.id), 20, message.id)
+        assert ledger.complaints(search(platform, nodes, [people.dave], world)) == []
+        lost, doubled, altered, _ = messages
+        imap.select("INBOX")
+        for message in (lost, altered):
+            number = imap.search(None, "HEADER", "Message-ID", f'"{message.id}"')[1][0].decode()
+            imap.store(number, "+FLAGS", r"\Deleted")
+        imap.expunge()
+        imap.append("Archive", "", "", doubled.data)
+        imap.append("INBOX", "", "", altered.data.replace(b"Number", b"Nummer"))
+    complaints = ledger.complaints(search(platform, nodes, [people.dave], world))
+    assert sorted((message.id, word) for message in messages for line in complaints if message.id in line
+                  for word in ("lost", "2 times", "changed") if word in line) == sorted(
+        [(lost.id, "lost"), (doubled.id, "2 times"), (altered.id, "changed")]
+    )
+    assert len(complaints) == 3
+
+
+def test_drain(platform, nodes, friend, people, site, posthouse):
+    """A drained node gets no new connections while mail flows, and gets them again afterwards"""
+    name = nodes.of("mx")[1]
+
+    def sessions() -> int:
+        """New connections to the node so far, in all pools of both balancers."""
+        text = nodes.each("lb", "echo 'show stat' | socat - /run/haproxy/admin.sock")
+        rows = [line.split(",") for stat in text.values() for line in stat.splitlines()]
+        return sum(int(row[7]) for row in rows if len(row) > 7 and row[0] in ("smtp", "submission", "submissions") and row[1] == name)
+
+    def send() -> None:
+        for _ in range(6):
+            message = letter(SENDER, people.bob.address)
+            assert try_to_send(platform, friend, people.bob.address, message).code == 250
+
+    posthouse("drain", name, "--site", site.name)
+    try:
+        before = sessions()
+        send()
+        assert sessions() == before
+    finally:
+        posthouse("drain", name, "--site", site.name, "--undo")
+    send()
+    assert sessions() > before
+
+
+def test_provider_lost(platform, nodes, friend, people, world, site, posthouse):
+    """A mail node with a directory provider loses power: mail flows, accounts can be changed, nothing is lost, both providers agree afterwards"""
+    lost, kept = site.directory.providers[:2]
+    others = [person for person in (people.bob, people.carol) if site.stores[person.store].primary != lost]
+    everybody = [*others, people.alice]
+    new = f"new-{people.bob.address}"
+    ledger = Ledger()
+    with Stream(platform, ledger, everybody, friend) as stream:
+        eventually(lambda: stream.taken > 20, 30, "a stream of mail")
+        lab.kill(site.name, lost)
+        try:
+            posthouse("account", "alias", people.bob.address, "--add", new, "--site", site.name)
+            message = letter(SENDER, new)
+            eventually(lambda: try_to_send(platform, friend, new, message).code == 250, 30, "250 for the new alias")
+            with Imap(platform, people.bob) as imap:
+                eventually(lambda: imap.messages(message.id), 30, "mail to an alias that was made meanwhile")
+        finally:
+            lab.start(site.name, lost)
+        eventually(lambda: serving(nodes, lost), 60, f"{lost} serving again")
+        last = stream.taken
+        eventually(lambda: stream.taken > last + 10, 30, "a stream of mail")
+    assert stream.longest_silence() < 10, stream.failures
+
+    def entries(node: str) -> str:
+        return nodes.run(node, f"ldapsearch -Q -LLL -Y EXTERNAL -H ldapi:/// -o ldif-wrap=no -b '{site.suffix}' '*' entryCSN entryUUID")
+
+    eventually(lambda: sorted(entries(lost).split("\n\n")) == sorted(entries(kept).split("\n\n")), 30, "both providers equal")
+    assert new in entries(lost)
+    nodes.flush()
+    eventually(lambda: not nodes.waiting_for(people.alice.address), 60, "an empty queue")
+    assert ledger.complaints(search(platform, nodes, everybody, world)) == []
+
+
+def serving(nodes, node: str) -> bool:
+    """Whether all that a node should do is up."""
+    return nodes.run(node, "systemctl is-system-running || true").strip() == "running"
+
+
+def test_balancer_lost(platform, nodes, friend, people, site):
+    """The active balancer loses power: within 5 s the VIP takes and hands out mail again"""
+    vip = str(site.vips["mail"])
+    holders = [node for node, text in nodes.each("lb", "ip -4 -o address").items() if f" {vip}/" in text]
+    assert len(holders) == 1
+    started = time.monotonic()
+    lab.kill(site.name, holders[0])
+    try:
+        def served() -> bool:
+            with contextlib.suppress(OSError):
+                for port, greeting in ((25, b"220"), (993, b"* OK")):
+                    with platform.dial(port, friend, 0.5, tls=port == 993) as connection:
+                        if not connection.recv(80).startswith(greeting):
+                            return False
+                return True
+            return False
+
+        eventually(served, 30, "an answer from the VIP")
+        assert time.monotonic() - started < 5, f"{time.monotonic() - started:.1f} s"
+        message = letter(SENDER, people.bob.address)
+        assert try_to_send(platform, friend, people.bob.address, message).code == 250
+        with Imap(platform, people.bob) as imap:
+            eventually(lambda: imap.messages(message.id), 20, message.id)
+    finally:
+        lab.start(site.name, holders[0])
+    eventually(lambda: serving(nodes, holders[0]), 60, f"{holders[0]} serving again")
