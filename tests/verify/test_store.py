@@ -218,6 +218,14 @@ def test_sieve_offers_what_users_scripts_need(host: Any, primaries: list[Variabl
         assert {*wanted.split(), "variables", "editheader", "special-use"} <= set(offered[1].split())
 
 
+def test_what_sieve_sends_can_be_queued(host: Any, primaries: list[Variables]) -> None:
+    """A file system that is read-only to lmtpd holds up whole accounts: sendmail tries again for ever."""
+    for store in primaries:
+        pid = host.check_output(f"systemctl show --property MainPID --value cyrus@{store['name']}")
+        mount = host.check_output(f"grep ' /srv/postfix/mx ' /proc/{pid}/mountinfo")
+        assert "rw" in mount.split()[5].split(",")
+
+
 def test_deleted_mail_is_kept_for_as_long_as_the_site_says(host: Any, ctx: Variables) -> None:
     for store in ctx["node_stores"]:
         events = host.file(f"/etc/cyrus/{store['name']}/cyrus.conf").content_string
