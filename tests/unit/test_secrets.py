@@ -187,8 +187,9 @@ def test_folder_instead_of_a_file(folder: Path, site: Site) -> None:
         secrets.ensure(site)
 
 
-def test_file_that_holds_something_else(folder: Path, site: Site, made: Secrets) -> None:
-    text = secrets._vault(folder / ".vault-password").encrypt("- a\n- b\n")
+@pytest.mark.parametrize("content", ["- a\n- b\n", "passwords: {}\n", ""])
+def test_file_that_holds_something_else(folder: Path, site: Site, made: Secrets, content: str) -> None:
+    text = secrets._vault(folder / ".vault-password").encrypt(content)
     (folder / "secrets.yml").write_bytes(text)
     assert "does not hold passwords, ca" in refusal(folder, lambda: secrets.load(site))
 
