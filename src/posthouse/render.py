@@ -148,7 +148,9 @@ def _content(tier: str, source: Path, variables: Variables) -> str:
     if source.suffix != ".j2":
         return source.read_text()
     try:
-        return _environment().get_template(str(source.relative_to(roles.ROLES))).render(variables)
+        # As Ansible's own templates have it: a file ends as its template does, what it includes ends without a newline.
+        text = _environment().get_template(str(source.relative_to(roles.ROLES))).render(variables)
+        return text if text.endswith("\n") else f"{text}\n"
     except jinja2.TemplateSyntaxError as error:
         raise RenderError(f"{_relative(error.filename or source)}:{error.lineno}: {error.message}") from None
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -170,7 +172,6 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
     )
 
 
