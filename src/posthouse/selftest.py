@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
-from posthouse import doctor, lab, run, secrets, sitefile
-
-log = logging.getLogger(__name__)
+from posthouse import demo, lab, run, sitefile
+from posthouse.apart import apart
+from posthouse.model import Site
 
 # In this order: what is quick and needs nothing first, what disturbs the lab last. True: needs a deployed lab.
 SUITES = {"unit": False, "cases": False, "render": False, "verify": True, "modules": True, "lab": True}
@@ -28,7 +27,7 @@ def test(wanted: list[str], full: bool) -> int:
     needs_lab = [suite for suite in suites if SUITES[suite]]
     try:
         for suite in suites:
-            if needs_lab and suite == needs_lab[0] and not _prepare():
+            if needs_lab and suite == needs_lab[0] and not _prepare(sitefile.load(SITE)):
                 counts["failed"] += 1
                 break
             _suite(suite, full, counts)
@@ -39,17 +38,13 @@ def test(wanted: list[str], full: bool) -> int:
     return 1 if counts["failed"] or not counts["passed"] else 0
 
 
-def _prepare() -> bool:
+def _prepare(site: Site) -> bool:
     """A fresh, deployed lab; says how long each phase took."""
-    site = sitefile.load(SITE)
-    doctor.checks(fix=True)
-    lab.ensure_requirements()
-    lab.down(SITE)
-    with phase("images and lab up"):
-        lab.up(site, secrets.ensure(site))
-    with phase("deploy"):
-        # In a process of its own, for the lab's network is entered for good and later suites start labs of their own.
-        return _apart(lambda: run.playbook(site, "deploy")["ok"])
+    for name, step in {"requirements": demo.prepare, "images and lab up": demo.build, "deploy": demo.deploy}.items():
+        with phase(name):
+            if not apart(partial(step, site)):
+                return False
+    return True
 
 
 def _suite(suite: str, full: bool, counts: dict[str, int]) -> None:
@@ -64,19 +59,8 @@ def _suite(suite: str, full: bool, counts: dict[str, int]) -> None:
         counts["failed"] += 1  # pytest itself came to grief: an import error, a usage error, no test at all
 
 
-def _apart(work: Callable[[], bool]) -> bool:
-    """Does some work in a child process; returns what it returned."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(0 if work() else 1)
-        finally:
-            os._exit(2)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 @contextmanager
-def phase(name: str) -> Any:
+def phase(name: str) -> Iterator[None]:
     """Prints how long something took."""
     started = time.monotonic()
     yield
