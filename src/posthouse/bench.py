@@ -53,8 +53,8 @@ def converge(site: Site, runs: int) -> dict[str, Any]:
         _private(work / "hosts.py", _pyinfra_hosts(site, generations, work, config))
         engines = Engines(site, work)
         for engine in ("mitogen", "pyinfra"):  # stock runs Mitogen's very playbook
-            for node in site.nodes:  # an earlier proof may have been interrupted
-                subprocess.run(["ssh", "-F", config, node, f"rm -rf {PROOF}"], check=True)
+            for name in site.nodes:  # an earlier proof may have been interrupted
+                subprocess.run(["ssh", "-F", config, name, f"rm -rf {PROOF}"], check=True)
             engines.run(engine, prefix=PROOF)
             _prove(site, generations, engine, config)
         times: dict[str, list[float]] = {name: [] for name in ("posthouse", "stock", "mitogen", "pyinfra")}
