@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,6 +37,11 @@ def test_too_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = [str(found["check"]) for found in doctor.checks() if not found["ok"]]
     assert "memory" in failed
     assert sum(name.startswith("disk of ") for name in failed) == 2
+
+
+def test_python_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "sys", SimpleNamespace(version_info=(3, 10)))
+    assert not check("python")["ok"]
 
 
 def test_clock_that_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
