@@ -61,14 +61,14 @@ def read_file(path):
     """What a path holds: {"content" or "link", "mode", "owner", "group"}, or None."""
     try:
         status = os.lstat(path)
-        if os.path.islink(path):
-            return {"link": os.readlink(path)}
+        if Path(path).is_symlink():
+            return {"link": str(Path(path).readlink())}
         access = {
             "mode": f"{status.st_mode & 0o7777:04o}",
             "owner": _user(status.st_uid),
             "group": _group(status.st_gid),
         }
-        if os.path.isdir(path):
+        if Path(path).is_dir():
             return access
         return {"content": Path(path).read_bytes().decode("utf-8", "surrogateescape"), **access}
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def units(names):
         "systemctl", "show", "-p", "ActiveState,UnitFileState,ConditionResult,ConditionTimestampMonotonic", *names
     )
     blocks = [dict(line.split("=", 1) for line in block.splitlines()) for block in shown.stdout.split("\n\n") if block]
-    return dict(zip(names, blocks))
+    return dict(zip(names, blocks, strict=True))
 
 
 def excused(state):
@@ -128,7 +128,8 @@ def runs(state):
 def compare(desired, check_health=True):
     """The steps from what is to what should be. An empty plan (see `is_empty`) means: nothing to do.
 
-    Returns {"packages": [name], "groups": [{"user", "group", "tier"}], "directories": [path], "write": {path: before or None},
+    Returns {"packages": [name], "groups": [{"user", "group", "tier"}], "directories": [path],
+    "write": {path: before or None},
     "remove": {path: before}, "stop": [unit], "start": […], "restart": […], "reload": […], "enable": […],
     "unhealthy": {unit: reason}, "unfinished": bool}.
     """
@@ -194,9 +195,9 @@ def _plan_services(desired, current, plan, check_health):
             plan["restart"].append(unit)
         elif owned:
             plan["reload"].append(unit)
-        # systemd says "" of a unit file that is not there yet, "generated" of an init script that this one will replace.
-        replaced = state.get("UnitFileState") == "generated" and f"{SYSTEM_UNITS}{unit}" in plan["write"]
-        if state.get("UnitFileState") in ("disabled", "") or replaced:
+        # One that is not there yet, or replaces a package's that could not be enabled, is enabled once it is in place.
+        new = f"{SYSTEM_UNITS}{unit}" in plan["write"]
+        if state.get("UnitFileState") == "disabled" or (new and state.get("UnitFileState") != "enabled"):
             plan["enable"].append(unit)
     if check_health:
         busy = plan["start"] + plan["restart"]
@@ -282,7 +283,7 @@ def health(services, seconds):
     with ThreadPoolExecutor(16) as pool:
         while True:
             reasons = list(pool.map(lambda item: probe(item[1]), waiting))
-            failed = [(*item, reason) for item, reason in zip(waiting, reasons) if reason]
+            failed = [(*item, reason) for item, reason in zip(waiting, reasons, strict=True) if reason]
             # One that has ended for good will not get healthy by waiting.
             over = any(state.get("ActiveState") == "failed" for state in units(sorted({f[0] for f in failed})).values())
             if not failed or over or time.monotonic() > deadline:
@@ -410,7 +411,7 @@ def _set_access(path, want):
         shutil.chown(path, want["owner"], want["group"])
     except LookupError as error:
         raise Failed(f"{path}: {error}; the package that makes it is not in the manifest") from None
-    os.chmod(path, int(want["mode"], 8))
+    Path(path).chmod(int(want["mode"], 8))
 
 
 def _validate(desired, plan):
@@ -430,7 +431,9 @@ def _validate(desired, plan):
             done = run("unshare", "--mount", "sh", "-c", mounts + 'exec "$@"', "sh", *shlex.split(command))
             if done.returncode:
                 lines = (done.stdout + done.stderr).strip().splitlines()
-                raise Failed(f"{service['unit']}: refused by its validator ({command}); nothing was replaced", lines[-20:])
+                raise Failed(
+                    f"{service['unit']}: refused by its validator ({command}); nothing was replaced", lines[-20:]
+                )
 
 
 def _put_beside(desired, plan):
@@ -449,9 +452,9 @@ def _retire(plan):
 def _swap(plan):
     try:
         for path in plan["write"]:
-            os.replace(path + BESIDE, path)
+            Path(path + BESIDE).replace(path)
         for path in plan["remove"]:
-            os.unlink(path)
+            Path(path).unlink()
     except OSError as error:
         raise Failed(f"{error.filename}: {error.strerror}") from None
 
@@ -541,12 +544,12 @@ def recover(booting=False):
 def _move(old, path):
     """Renames where it can, for that needs no room on a full disk."""
     try:
-        os.replace(old, path)
+        old.replace(path)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
         place(Path(path + BESIDE), read_file(old))
-        os.replace(path + BESIDE, path)
+        Path(path + BESIDE).replace(path)
 
 
 # --- as a program -----------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class Engines:
         self.site, self.work = site, work
 
     def run(self, engine: str, prefix: str = "") -> str:
-        """Runs an engine; with `prefix`, only its files and directories, into that folder. Raises Unequal if it fails."""
+        """Runs an engine; with `prefix`, only its files and directories, into that folder. Raises Unequal."""
         playbook = {"stock": self.work / "stock.yml", "mitogen": self.work / "stock.yml"}
         environment = run.environment(self.site)
         command: list[str | Path]
@@ -276,7 +276,8 @@ if not prefix:
 for item in items["directories"]:
     files.directory(path=prefix + item["path"], mode=item["mode"], user=item["user"], group=item["group"])
 if prefix:
-    for folder in sorted({str(Path(item["dest"]).parent) for item in items["files"]} - {d["path"] for d in items["directories"]}):
+    made = {item["path"] for item in items["directories"]}
+    for folder in sorted({str(Path(item["dest"]).parent) for item in items["files"]} - made):
         files.directory(path=prefix + folder)
 for item in items["files"]:
     access = {"mode": item["mode"], "user": item["user"], "group": item["group"]}

@@ -70,7 +70,9 @@ def environment(site: Site) -> dict[str, str]:
 def playbook(
     site: Site, name: str, *arguments: str, variables: dict[str, Any] | None = None, quiet: bool = False
 ) -> dict[str, Any]:
-    """Runs `playbooks/NAME.yml` on the site. Returns {"ok": bool, "nodes": {name: {"ok", "changed", "restarted", "seconds"}}}.
+    """Runs `playbooks/NAME.yml` on the site.
+
+    Returns {"ok": bool, "nodes": {name: {"ok", "changed", "restarted": [unit], "seconds"}}}.
 
     With `quiet`, what Ansible prints goes to standard error, so that standard output can carry JSON.
     """
@@ -93,7 +95,7 @@ def playbook(
 def pytest(
     *arguments: str | Path, env: dict[str, str] | None = None, quiet: bool = False
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Runs pytest. Returns (exit status, [{"name", "where", "outcome": passed|failed|skipped, "seconds", "message"}])."""
+    """Runs pytest. Returns (exit status, [{"name", "where", "outcome" (passed|failed|skipped), "seconds", "message"}])."""
     with tempfile.NamedTemporaryFile(prefix="posthouse-junit-", suffix=".xml") as report:
         command = [BIN / "pytest", f"--junitxml={report.name}", *arguments]
         done = subprocess.run(
@@ -117,7 +119,10 @@ def _cases(junit: str) -> Iterator[dict[str, Any]]:
 
 
 def verify(site: Site, tiers: list[str] | None = None, quiet: bool = False) -> dict[str, Any]:
-    """Runs the read-only verify suite. Returns {"passed": n, "failed": n, "checks": [{"tier", "check", "node", "outcome", …}]}."""
+    """Runs the read-only verify suite.
+
+    Returns {"passed": n, "failed": n, "checks": [{"tier", "check", "node", "outcome", "seconds", "message"}]}.
+    """
     reach(site)
     arguments = ["tests/verify", "--site", site.name, *VERIFY]
     for tier in tiers or []:
@@ -130,7 +135,9 @@ def verify(site: Site, tiers: list[str] | None = None, quiet: bool = False) -> d
         rest = "-".join(part for part in parameters.split("-") if part != node)
         check = name.removeprefix("test_").replace("_", " ") + (f": {rest}" if rest else "")
         tier = str(case["where"]).rpartition("test_")[2]
-        checks.append({"tier": tier, "check": check, "node": node, **{k: case[k] for k in ("outcome", "seconds", "message")}})
+        checks.append(
+            {"tier": tier, "check": check, "node": node, **{k: case[k] for k in ("outcome", "seconds", "message")}}
+        )
     return {
         "passed": sum(check["outcome"] == "passed" for check in checks),
         "failed": sum(check["outcome"] == "failed" for check in checks),

@@ -27,7 +27,12 @@ class Remote:
     def __call__(self, command: str, text: str = "", check: bool = True) -> str:
         """Runs a shell command on the node with `text` as its input; returns what it printed."""
         done = subprocess.run(
-            ["ssh", "-F", self.config, self.name, command], input=text, capture_output=True, text=True, timeout=120, check=False
+            ["ssh", "-F", self.config, self.name, command],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert not check or done.returncode == 0, f"{command}: {done.stderr or done.stdout}"
         return done.stdout
@@ -35,7 +40,10 @@ class Remote:
     def apply(self, desired: Desired, wait: bool = True) -> dict[str, Any]:
         """Applies a generation as the converge module does: as a transient unit that is put right if it is killed."""
         self.settle()
-        self("mkdir -p /run/posthouse; cat > /run/posthouse/test.json; rm -f /run/posthouse/test.result", json.dumps(desired))
+        self(
+            "mkdir -p /run/posthouse; cat > /run/posthouse/test.json; rm -f /run/posthouse/test.result",
+            json.dumps(desired),
+        )
         waiting = "--wait" if wait else "--no-block"
         self(
             f"systemd-run --quiet {waiting} --collect --unit=posthouse-converge-test "
@@ -82,7 +90,9 @@ def toy(remote: Remote) -> Iterator[Callable[..., Desired]]:
 
     def make(version: str, **change: Any) -> Desired:
         files = {f"/etc/toy/part{i:03d}": f"{version} {i}\n" for i in range(100)}
-        files |= {"/etc/toy/index.html": f"{version}\n", "/etc/systemd/system/toy.service": UNIT} | change.pop("files", {})
+        files |= {"/etc/toy/index.html": f"{version}\n", "/etc/systemd/system/toy.service": UNIT} | change.pop(
+            "files", {}
+        )
         service = {
             "unit": "toy.service",
             "tier": "toy",

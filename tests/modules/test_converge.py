@@ -97,7 +97,9 @@ def test_one_role_by_itself(site, remote, put_back, tmp_path: Path):
     play.write_text("- hosts: mail3\n  gather_facts: false\n  roles: [mx]\n")
     remote("echo '# by hand' >> /etc/postfix/main.cf; echo '# by hand' >> /etc/hosts")
     command = [run.BIN / "ansible-playbook", play]
-    done = subprocess.run(command, env=run.environment(site), cwd=roles.ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=run.environment(site), cwd=roles.ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
     assert "by hand" not in remote("cat /etc/postfix/main.cf")
     assert "by hand" in remote("cat /etc/hosts"), "another role's file was touched"
