@@ -6,6 +6,7 @@ Everything is looked up in the site's own DNS and every certificate is checked a
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import imaplib
 import poplib
@@ -17,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import dns.resolver
 from aiosmtpd.controller import Controller
@@ -85,7 +86,9 @@ class Platform:
 class Smtp(smtplib.SMTP):
     """SMTP on port 25, or submission on 465 (TLS at once) and 587 (STARTTLS, logged in as a person if one is given)."""
 
-    def __init__(self, platform: Platform, port: int = 25, source: str | None = None, person: Person | None = None) -> None:
+    def __init__(
+        self, platform: Platform, port: int = 25, source: str | None = None, person: Person | None = None
+    ) -> None:
         self._platform, self._source = platform, source
         # Strangers name themselves as DNS does.
         name = f"host-{source.rpartition('.')[2]}.{WORLD}" if source else f"client.{WORLD}"
@@ -98,7 +101,9 @@ class Smtp(smtplib.SMTP):
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
         return self._platform.dial(port, self._source, timeout, tls=port == 465)
 
-    def transaction(self, sender: str, recipients: str | Iterable[str], data: bytes, options: tuple[str, ...] = ()) -> Reply:
+    def transaction(
+        self, sender: str, recipients: str | Iterable[str], data: bytes, options: tuple[str, ...] = ()
+    ) -> Reply:
         """One message. Returns what decided it: the first refusal, else the answer to the message's end."""
         self.ehlo_or_helo_if_needed()
         steps = [lambda: self.mail(sender, options)]
@@ -221,7 +226,8 @@ class World(Controller):
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
         """Called by aiosmtpd for each message."""
         assert isinstance(envelope.content, bytes)
-        self.arrivals.append(Arrival(session.peer[0], envelope.mail_from or "", list(envelope.rcpt_tos), envelope.content))
+        sender, recipients = envelope.mail_from or "", list(envelope.rcpt_tos)
+        self.arrivals.append(Arrival(session.peer[0], sender, recipients, envelope.content))
         return "250 taken"
 
     def to(self, recipient: str) -> list[Arrival]:
@@ -257,7 +263,7 @@ def digest(data: bytes) -> str:
 
 
 def assert_intact(sent: bytes, got: bytes) -> None:
-    """The message is as it was sent, byte for byte, but for trace lines before it and the filter's score in its header."""
+    """The message is as it was sent, byte for byte, but for trace lines before it and the filter's score."""
     head, _, body = got.partition(b"\r\n\r\n")
     fields = [field for field in _fields(head) if _name(field) not in SCORES]
     while fields and _name(fields[0]) in TRACE:
@@ -286,9 +292,7 @@ def header(data: bytes, name: str) -> list[str]:
     ]
 
 
-def closed_quietly(client: Any) -> None:
+def closed_quietly(client: Smtp) -> None:
     """Takes leave of a server that may be gone already."""
-    try:
-        (getattr(client, "logout", None) or client.quit)()
-    except (OSError, smtplib.SMTPException, imaplib.IMAP4.error, poplib.error_proto):
-        pass
+    with contextlib.suppress(OSError, smtplib.SMTPException):
+        client.quit()

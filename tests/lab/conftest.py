@@ -8,26 +8,30 @@ shared by all tests; what a test breaks it puts back, and those that break the m
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
-from clients import Platform, Smtp, World, closed_quietly
+from clients import WORLD, Imap, Person, Platform, Smtp, World, closed_quietly, eventually, letter
 
 from posthouse import lab, run, sitefile
 
 # Harmless first, disruptive last.
 ORDER = ["test_delivery", "test_refusals", "test_mailbox", "test_submission", "test_changes", "test_outages"]
-QUEUES = ("/etc/postfix", "/etc/postfix-submission", "/etc/postfix-outbound")
 SITE = pytest.StashKey[Any]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--site", default="lab", help="a folder in inventory/; its lab must be up and deployed")
+    site = os.environ.get("POSTHOUSE_SITE", "lab")
+    parser.addoption("--site", default=site, help="a folder in inventory/; its lab must be up and deployed")
     parser.addoption("--full", action="store_true", help="keep mail flowing for longer while things break")
     parser.addoption("--lines", action="store_true", help="print one sentence per check, and nothing else")
 
@@ -52,12 +56,14 @@ class Lines:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Function) -> Any:
         report = yield
-        report.sentence = (item.function.__doc__ or item.name).strip().splitlines()[0].rstrip(".")
+        sentence = (item.function.__doc__ or item.name).splitlines()[0]
+        report.sentence = sentence.format(**item.callspec.params) if hasattr(item, "callspec") else sentence
         return report
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome == "failed":
-            print(f"{'ok' if report.passed else report.outcome.upper():<8}{report.duration:5.1f} s  {report.sentence}", flush=True)
+            word = "ok" if report.passed else report.outcome.upper()
+            print(f"{word:<8}{report.duration:6.1f} s  {report.sentence}", flush=True)
         if report.failed:
             print(f"{'':<16}{str(report.longrepr).strip().splitlines()[-1]}", flush=True)
             print(report.longreprtext, file=sys.stderr, flush=True)
@@ -65,6 +71,8 @@ class Lines:
 
 class Nodes:
     """Commands on the nodes, past the network that tests may have broken."""
+
+    queues = ("/etc/postfix", "/etc/postfix-submission", "/etc/postfix-outbound")
 
     def __init__(self, site: Any) -> None:
         self.site = site
@@ -75,9 +83,8 @@ class Nodes:
 
     def run(self, node: str, command: str) -> str:
         """What a shell command on a node prints. Fails with what it complained of."""
-        done = subprocess.run(
-            [*lab.command(self.site.name, node), "sh", "-c", command], capture_output=True, text=True, errors="replace", timeout=120
-        )
+        inside = [*lab.command(self.site.name, node), "sh", "-c", command]
+        done = subprocess.run(inside, capture_output=True, text=True, errors="replace", timeout=120)
         assert done.returncode == 0, f"{node}: {command}: {done.stderr or done.stdout}"
         return done.stdout
 
@@ -89,14 +96,14 @@ class Nodes:
 
 
     def waiting_for(self, address: str) -> list[str]:
-        """Why mail for an address waits in a queue: one reason for each message that was tried."""
+        """Why mail for an address waits in a queue: one reason for each message."""
         lines = "".join(self.each("mx", "postqueue -j").values()).splitlines()
         recipients = [recipient for line in lines for recipient in json.loads(line)["recipients"]]
-        return [to["delay_reason"] for to in recipients if to["address"] == address and "delay_reason" in to]
+        return [to.get("delay_reason", "not tried yet") for to in recipients if to["address"] == address]
 
     def flush(self) -> None:
         """Tries all waiting mail now: by itself it waits for a minute or more."""
-        for place in QUEUES:
+        for place in self.queues:
             self.each("mx", f"postqueue -c {place} -f")
 
 
@@ -142,6 +149,71 @@ def friend(platform: Platform, nodes: Nodes) -> str:
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(meet, range(count)))
     return address
+
+
+@pytest.fixture(scope="session")
+def posthouse(site: Any) -> Callable[..., str]:
+    """Runs `posthouse …` as an operator does, for this site; returns what it prints."""
+
+    def call(*arguments: str, text: str | None = None, status: int = 0) -> str:
+        command = [run.BIN / "posthouse", *arguments]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=300)
+        assert done.returncode == status, f"posthouse {' '.join(arguments)}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    return call
+
+
+@dataclass
+class People:
+    """Whose mail the tests send and read. alice, bob and carol are each on a store of their own."""
+
+    alice: Person
+    bob: Person
+    carol: Person
+    dave: Person  # nobody else writes to dave: his mailbox can be counted
+    keeper: Person  # forwards to bob, and keeps a copy
+    mover: Person  # forwards to bob, and keeps none
+    traveller: Person  # forwards to `elsewhere`, outside
+    patient: Person  # has spam filed from `patience` points on, not from the site's few
+    tiny: Person  # has 1 MiB
+    sleeper: Person  # is suspended
+    vera: Person  # goes on vacation
+    sender: Person  # sends too much
+    alias: str  # of alice
+    elsewhere: str
+    patience: int
+
+
+@pytest.fixture(scope="session")
+def people(site: Any, posthouse: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> People:
+    """Makes the accounts, by `posthouse account`. They are new ones in each run, so a lab can be tested again."""
+    tag = uuid.uuid4().hex[:4]
+    stores = itertools.cycle(site.stores)
+    persons = {
+        name: Person(f"{name}.{tag}@{site.domain}", uuid.uuid4().hex, next(stores))
+        for name in (field.name for field in fields(People) if field.type == "Person")
+    }
+    found = People(alias=f"alias.{tag}@{site.domain}", elsewhere=f"elsewhere.{tag}@{WORLD}", patience=12, **persons)
+    lines = [f"{person.address},{person.password},{person.store}" for person in persons.values()]
+    file = tmp_path_factory.mktemp("accounts") / "people.csv"
+    # One line is bad: it is named by its number, and all others go in.
+    file.write_text("\n".join(["address,password,store", f"nobody.{tag}@example.org,{tag},s01", *lines]) + "\n")
+    printed = posthouse("account", "import", str(file), "--site", site.name, status=1)
+    assert f"{file}:2:" in printed
+    assert f"{len(persons)} added, 0 unchanged, 1 bad" in printed
+    commands = [
+        ("alias", found.alice.address, "--add", found.alias),
+        ("forward", found.keeper.address, "--to", found.bob.address),
+        ("forward", found.mover.address, "--to", found.bob.address, "--only"),
+        ("forward", found.traveller.address, "--to", found.elsewhere),
+        ("spam", found.patient.address, str(found.patience)),
+        ("quota", found.tiny.address, "1"),
+        ("suspend", found.sleeper.address),
+    ]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda command: posthouse("account", *command, "--site", site.name), commands))
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,8 @@ def arrives(platform):
 
     def look(person, message: Letter, folder: str = "INBOX") -> bytes:
         with Imap(platform, person) as imap:
-            found = eventually(lambda: imap.messages(message.id, folder), 20, f"{message.id} in {folder} of {person.address}")
+            what = f"{message.id} in {folder} of {person.address}"
+            found = eventually(lambda: imap.messages(message.id, folder), 20, what)
         assert len(found) == 1
         assert_intact(message.data, found[0])
         if folder == "INBOX":
@@ -154,7 +155,7 @@ def test_two_stores(platform, nodes, send, arrives, people):
         store = platform.site.stores[person.store]
         for node in (store.primary, *store.replicas):
             find = f"grep -rlF '{message.id}' /srv/store/{store.name}/spool --include='*.' || true"
-            eventually(lambda n=node, f=find: nodes.run(n, f), 10, f"{message.id} in the spool of {store.name} on {node}")
+            eventually(lambda n=node, f=find: nodes.run(n, f), 10, f"{message.id} in {store.name} on {node}")
 
 
 def test_client_address(platform, nodes, friend, send, arrives, people):
@@ -166,8 +167,5 @@ def test_client_address(platform, nodes, friend, send, arrives, people):
     home = platform.outside(30)
     with Imap(platform, people.bob, source=home) as imap:
         imap.noop()
-    eventually(
-        lambda: any(nodes.each("access", f"journalctl -u dovecot --since -2min -o cat | grep -F 'rip={home},' || true").values()),
-        10,
-        f"rip={home} in the journal of an access node",
-    )
+    logged = f"journalctl -u dovecot --since -2min -o cat | grep -F 'rip={home},' || true"
+    eventually(lambda: any(nodes.each("access", logged).values()), 10, f"rip={home} in the journal of an access node")

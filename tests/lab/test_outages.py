@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from clients import Imap, Smtp, digest, eventually, letter
-from ledger import Ledger, Stream, search
+from ledger import Ledger, Stream, assert_all_there, search
 
 from posthouse import lab
 
@@ -88,9 +88,8 @@ def test_no_store(platform, nodes, friend, people, world):
                 ledger.acknowledged[message.id, person.address] = digest(message.data)
         with Imap(platform, people.bob) as imap:
             eventually(lambda: imap.messages(message.id), 20, "mail to the other store")
-    nodes.flush()
-    eventually(lambda: not nodes.waiting_for(people.alice.address), 60, "an empty queue")
-    assert ledger.complaints(search(platform, nodes, [people.alice, people.bob], world)) == []
+    eventually(lambda: nodes.flush() or not nodes.waiting_for(people.alice.address), 60, "an empty queue")
+    assert_all_there(ledger, platform, nodes, [people.alice, people.bob], world)
 
 
 def test_harness(platform, nodes, friend, people, world):
@@ -113,11 +112,9 @@ def test_harness(platform, nodes, friend, people, world):
         imap.append("Archive", "", "", doubled.data)
         imap.append("INBOX", "", "", altered.data.replace(b"Number", b"Nummer"))
     complaints = ledger.complaints(search(platform, nodes, [people.dave], world))
-    assert sorted((message.id, word) for message in messages for line in complaints if message.id in line
-                  for word in ("lost", "2 times", "changed") if word in line) == sorted(
-        [(lost.id, "lost"), (doubled.id, "2 times"), (altered.id, "changed")]
-    )
-    assert len(complaints) == 3
+    wanted = {(lost.id, "lost"), (doubled.id, "found 2 times"), (altered.id, "changed")}
+    assert {pair for pair in wanted for line in complaints if pair[0] in line and pair[1] in line} == wanted
+    assert len(complaints) == len(wanted)
 
 
 def test_drain(platform, nodes, friend, people, site, posthouse):
@@ -128,7 +125,7 @@ def test_drain(platform, nodes, friend, people, site, posthouse):
         """New connections to the node so far, in all pools of both balancers."""
         text = nodes.each("lb", "echo 'show stat' | socat - /run/haproxy/admin.sock")
         rows = [line.split(",") for stat in text.values() for line in stat.splitlines()]
-        return sum(int(row[7]) for row in rows if len(row) > 7 and row[0] in ("smtp", "submission", "submissions") and row[1] == name)
+        return sum(int(row[7]) for row in rows if row[1:2] == [name])
 
     def send() -> None:
         for _ in range(6):
@@ -147,7 +144,7 @@ def test_drain(platform, nodes, friend, people, site, posthouse):
 
 
 def test_provider_lost(platform, nodes, friend, people, world, site, posthouse):
-    """A mail node with a directory provider loses power: mail flows, accounts can be changed, nothing is lost, both providers agree afterwards"""
+    """A mail node with a directory provider loses power: mail flows, accounts change, nothing is lost"""
     lost, kept = site.directory.providers[:2]
     others = [person for person in (people.bob, people.carol) if site.stores[person.store].primary != lost]
     everybody = [*others, people.alice]
@@ -169,14 +166,14 @@ def test_provider_lost(platform, nodes, friend, people, world, site, posthouse):
         eventually(lambda: stream.taken > last + 10, 30, "a stream of mail")
     assert stream.longest_silence() < 10, stream.failures
 
-    def entries(node: str) -> str:
-        return nodes.run(node, f"ldapsearch -Q -LLL -Y EXTERNAL -H ldapi:/// -o ldif-wrap=no -b '{site.suffix}' '*' entryCSN entryUUID")
+    def entries(node: str) -> list[str]:
+        ask = "ldapsearch -Q -LLL -Y EXTERNAL -H ldapi://%2Frun%2Fslapd%2Fldapi -o ldif-wrap=no"
+        return sorted(nodes.run(node, f"{ask} -b '{site.suffix}' '*' entryCSN entryUUID").split("\n\n"))
 
-    eventually(lambda: sorted(entries(lost).split("\n\n")) == sorted(entries(kept).split("\n\n")), 30, "both providers equal")
-    assert new in entries(lost)
-    nodes.flush()
-    eventually(lambda: not nodes.waiting_for(people.alice.address), 60, "an empty queue")
-    assert ledger.complaints(search(platform, nodes, everybody, world)) == []
+    eventually(lambda: entries(lost) == entries(kept), 30, "the same entries on both providers")
+    assert any(f"mailLocalAddress: {new}" in entry for entry in entries(lost))
+    eventually(lambda: nodes.flush() or not nodes.waiting_for(people.alice.address), 60, "an empty queue")
+    assert_all_there(ledger, platform, nodes, everybody, world)
 
 
 def serving(nodes, node: str) -> bool:

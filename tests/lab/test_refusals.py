@@ -41,7 +41,7 @@ def test_spam(client, people):
 
 
 def test_junk(platform, client, people):
-    """Spam between the user's threshold and the site's limit lands in Junk, with its score; a more patient user gets it in the inbox"""
+    """Spam between a user's threshold and the site's limit lands in Junk, and in the inbox of a more patient user"""
     plain = letter(SENDER, people.alice.address)
     # Old habits of spammers that SpamAssassin's own rules know without asking anybody.
     body = (
@@ -92,7 +92,8 @@ def test_pregreet(platform, people):
     """A client that does not wait for the banner is refused"""
     # An address that never behaves, so that no node ever remembers it as one that does.
     connection = platform.dial(25, platform.outside(66))
-    connection.sendall(f"EHLO bot.example.net\r\nMAIL FROM:<{SENDER}>\r\nRCPT TO:<{people.alice.address}>\r\nQUIT\r\n".encode())
+    commands = ("EHLO bot.example.net", f"MAIL FROM:<{SENDER}>", f"RCPT TO:<{people.alice.address}>", "QUIT", "")
+    connection.sendall("\r\n".join(commands).encode())
     answers = []
     with contextlib.suppress(ConnectionResetError), connection, connection.makefile("rb") as lines:
         answers = [line.decode() for line in lines]

@@ -25,7 +25,7 @@ def signed_by(platform, data: bytes, domain: str) -> bool:
 
 @pytest.mark.parametrize("port", [465, 587])
 def test_inside(platform, home, people, port):
-    """Submission delivers inside, signed with DKIM"""
+    """Submission on {port} delivers inside, signed with DKIM"""
     message = letter(people.alice.address, people.bob.address)
     with Smtp(platform, port, home, people.alice) as client:
         assert client.transaction(people.alice.address, people.bob.address, message.data).code == 250
@@ -38,7 +38,7 @@ def test_inside(platform, home, people, port):
 
 @pytest.mark.parametrize("port", [465, 587])
 def test_outside(platform, home, people, world, port):
-    """Submission delivers outside, signed with DKIM, from an address that SPF names"""
+    """Submission on {port} delivers outside, signed with DKIM"""
     recipient = f"friend-{port}@example.net"
     message = letter(people.bob.address, recipient)
     with Smtp(platform, port, home, people.bob) as client:
@@ -60,7 +60,8 @@ def test_alias_as_sender(platform, home, people):
 def test_no_password(platform, home, people):
     """Submission refuses who does not log in"""
     with Smtp(platform, 587, home) as client:
-        reply = client.transaction(people.alice.address, people.bob.address, letter(people.alice.address, people.bob.address).data)
+        message = letter(people.alice.address, people.bob.address)
+        reply = client.transaction(people.alice.address, people.bob.address, message.data)
     assert reply.code in (530, 553, 554), reply
 
 
@@ -78,7 +79,8 @@ def test_foreign_sender(platform, home, people):
     """Submission refuses an envelope sender that is not the account's own"""
     for sender in (people.bob.address, "ceo@example.org"):
         with Smtp(platform, 465, home, people.alice) as client:
-            reply = client.transaction(sender, people.carol.address, letter(people.alice.address, people.carol.address).data)
+            message = letter(people.alice.address, people.carol.address)
+            reply = client.transaction(sender, people.carol.address, message.data)
         assert reply.code == 553, (sender, reply)
 
 
@@ -86,7 +88,8 @@ def test_foreign_from(platform, home, people):
     """Submission refuses a From: that is not the account's own"""
     for author in (people.bob.address, "ceo@example.org", f"{people.alice.address}, {people.bob.address}"):
         with Smtp(platform, 587, home, people.alice) as client:
-            reply = client.transaction(people.alice.address, people.carol.address, letter(author, people.carol.address).data)
+            message = letter(author, people.carol.address)
+            reply = client.transaction(people.alice.address, people.carol.address, message.data)
         assert reply.code == 550, (author, reply)
 
 
@@ -94,5 +97,6 @@ def test_virus_out(platform, home, people):
     """Submission scans what leaves"""
     eicar = "".join((r"X5O!P%@AP[4\PZX54(P^)7CC)7}$", "EICAR-STANDARD-", "ANTIVIRUS-TEST-FILE!$H+H*"))
     with Smtp(platform, 465, home, people.alice) as client:
-        reply = client.transaction(people.alice.address, "friend@example.net", letter(people.alice.address, "friend@example.net", eicar).data)
+        message = letter(people.alice.address, "friend@example.net", eicar)
+        reply = client.transaction(people.alice.address, "friend@example.net", message.data)
     assert reply.code == 550, reply
