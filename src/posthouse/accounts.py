@@ -25,6 +25,7 @@ from typing import Any
 
 import argon2
 
+from posthouse import PosthouseError
 from posthouse.directory import Account, AddressTaken, Directory
 from posthouse.mailboxes import Mailboxes
 from posthouse.model import Site, Store
@@ -40,7 +41,7 @@ FOREIGN_LOCAL = re.compile(r"(?!\.)(?!.*\.\.)(?!.*\.$)[A-Za-z0-9!#$%&'*+/=?^_`{|
 DOMAIN = re.compile(r"(?=.{1,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
-class AccountError(Exception):
+class AccountError(PosthouseError):
     """Something that was asked for cannot be; the message says what, why, and what to do."""
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from posthouse import render, roles, run, secrets
+from posthouse import PosthouseError, render, roles, run, secrets
 from posthouse.model import Site
 
 Variables = dict[str, Any]
@@ -26,7 +26,7 @@ PROOF = "/run/posthouse-bench"
 JINJA = {"trim_blocks": True, "lstrip_blocks": True}
 
 
-class Unequal(Exception):
+class Unequal(PosthouseError):
     """An equivalent does not do the same work, so its time says nothing."""
 
 

@@ -13,9 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from posthouse import __version__, account_cli
-from posthouse.secrets import SecretsError
-from posthouse.sitefile import SiteError, load
+from posthouse import PosthouseError, __version__, account_cli
+from posthouse.sitefile import load
 
 app = typer.Typer(
     help="Stands up, verifies, expands, operates and rebuilds a mail platform from one site file.",
@@ -348,33 +347,10 @@ def bench_converge(
 
 def main() -> None:
     """Entry point: errors are one sentence that names the place, the reason and the fix."""
-    from posthouse.accounts import AccountError
-    from posthouse.bench import Unequal
-    from posthouse.directory import DirectoryError
-    from posthouse.image import ImageError
-    from posthouse.lab import LabError
-    from posthouse.mailboxes import SieveError, StoreError
-    from posthouse.render import RenderError
-    from posthouse.roles import RoleError
-    from posthouse.run import Busy
-
     started = time.monotonic()
     try:
         app()
-    except (
-        AccountError,
-        Busy,
-        DirectoryError,
-        ImageError,
-        LabError,
-        RenderError,
-        RoleError,
-        SecretsError,
-        SieveError,
-        SiteError,
-        StoreError,
-        Unequal,
-    ) as error:
+    except PosthouseError as error:
         sys.exit(f"posthouse: {error}")
     except KeyboardInterrupt:
         sys.exit(f"posthouse: stopped after {time.monotonic() - started:.0f} s; running the same command again goes on")

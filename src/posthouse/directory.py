@@ -14,6 +14,7 @@ from ldap3.core import exceptions as ldap_errors
 from ldap3.utils.conv import escape_filter_chars
 from ldap3.utils.dn import escape_rdn
 
+from posthouse import PosthouseError
 from posthouse.model import Site
 from posthouse.secrets import Secrets
 
@@ -23,7 +24,7 @@ PAGE = 1000
 Result = TypeVar("Result")
 
 
-class DirectoryError(Exception):
+class DirectoryError(PosthouseError):
     """The directory cannot be asked, or refuses; the message says where, what, and what to do."""
 
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from posthouse import roles
+from posthouse import PosthouseError, roles
 from posthouse.model import Site
 
 SUITE = "trixie"
@@ -63,7 +63,7 @@ path-exclude=/usr/share/lintian/*
 """
 
 
-class ImageError(Exception):
+class ImageError(PosthouseError):
     """An image that could not be built: where, what, and what to do."""
 
 
@@ -174,7 +174,7 @@ def _bootstrap(tree: Path, names: list[str], log: Path) -> None:
         # A build that loses power is thrown away, so it need not wait for the disk.
         "--dpkgopt=force-unsafe-io",
         # Not by --dpkgopt: that would make mmdebstrap filter every archive through a slow program of its own.
-        f"--setup-hook=mkdir -p \"$1/etc/dpkg/dpkg.cfg.d\" && echo '{DPKG}' >\"$1/etc/dpkg/dpkg.cfg.d/posthouse\"",
+        f'--setup-hook=mkdir -p "$1/etc/dpkg/dpkg.cfg.d" && echo \'{DPKG}\' >"$1/etc/dpkg/dpkg.cfg.d/posthouse"',
         # Downloads are kept for the next build: apt checks their digests, and fetches only what is not there.
         f"--setup-hook=mkdir -p {archives} && find {DEBS} -name '*.deb' -exec cp -t {archives} {{}} +",
         SUITE,

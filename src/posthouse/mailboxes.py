@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from posthouse import roles
+from posthouse import PosthouseError, roles
 from posthouse.model import Store
 from posthouse.secrets import Secrets
 
@@ -25,7 +25,7 @@ _templates = jinja2.Environment(
 )
 
 
-class StoreError(Exception):
+class StoreError(PosthouseError):
     """A store cannot be reached, or refuses; the message says where, what, and what to do."""
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import jinja2
 
-from posthouse import __version__, roles
+from posthouse import PosthouseError, __version__, roles
 from posthouse.model import Node, Site, Store
 
 Variables = dict[str, Any]
 
 
-class RenderError(Exception):
+class RenderError(PosthouseError):
     """A template that cannot be rendered: names the file, the line and the reason."""
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from posthouse import PosthouseError
 from posthouse.strict import Document, NotYaml, Strict, did_you_mean, problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,7 @@ CONFLICTS = {
 }
 
 
-class RoleError(Exception):
+class RoleError(PosthouseError):
     """A role's manifest that cannot be used: the file, and one line for each problem."""
 
 

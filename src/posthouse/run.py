@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from posthouse import inventory, lab, roles, secrets
+from posthouse import PosthouseError, inventory, lab, roles, secrets
 from posthouse.model import Site
 
 BIN = Path(sys.executable).parent
@@ -25,7 +25,7 @@ BIN = Path(sys.executable).parent
 VERIFY = ["-n", "6", "--dist", "loadgroup", "--no-header", "-p", "no:cacheprovider"]
 
 
-class Busy(Exception):
+class Busy(PosthouseError):
     """Somebody else is changing the site; the message says who."""
 
 
@@ -95,7 +95,10 @@ def playbook(
 def pytest(
     *arguments: str | Path, env: dict[str, str] | None = None, quiet: bool = False
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Runs pytest. Returns (exit status, [{"name", "where", "outcome" (passed|failed|skipped), "seconds", "message"}])."""
+    """Runs pytest.
+
+    Returns (exit status, [{"name", "where", "outcome" (passed|failed|skipped), "seconds", "message"}]).
+    """
     with tempfile.NamedTemporaryFile(prefix="posthouse-junit-", suffix=".xml") as report:
         command = [BIN / "pytest", f"--junitxml={report.name}", *arguments]
         done = subprocess.run(

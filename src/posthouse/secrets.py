@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from posthouse import roles
+from posthouse import PosthouseError, roles
 from posthouse.model import Node, Site
 from posthouse.sitefile import INVENTORY
 
@@ -39,7 +39,7 @@ EMPTY: dict[str, Any] = {"passwords": {}, "ca": {}, "nodes": {}, "ssh": {}, "dki
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 
 
-class SecretsError(Exception):
+class SecretsError(PosthouseError):
     """The secrets file cannot be read; the message says what to do."""
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from posthouse import roles
+from posthouse import PosthouseError, roles
 from posthouse.model import NAME, Site, site_model
 from posthouse.strict import Document, NotYaml, problems
 
 INVENTORY = roles.ROOT / "inventory"
 
 
-class SiteError(Exception):
+class SiteError(PosthouseError):
     """A site that cannot be used. `problems` holds one line for each: place, reason, fix."""
 
     def __init__(self, path: Path, problems: list[str]) -> None:

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from posthouse import PosthouseError
+
 STATE = Path("/var/lib/posthouse/lab")
 RUNTIME = Path("/run/posthouse")
 NETNS = Path("/run/netns")
 
 
-class LabError(Exception):
+class LabError(PosthouseError):
     """What went wrong in a lab: where, what, and what to do."""
 
 
