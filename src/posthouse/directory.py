@@ -174,8 +174,10 @@ class Directory:
 
     def _search(self, base: str, terms: str, scope: str, attributes: list[str]) -> list[dict[str, list[str]]]:
         def search(connection: Any) -> list[dict[str, list[str]]]:
-            with contextlib.suppress(ldap_errors.LDAPNoSuchObjectResult):
+            try:
                 connection.search(base, terms, search_scope=scope, attributes=attributes)
+            except ldap_errors.LDAPNoSuchObjectResult:
+                return []
             return [_decoded(item, attributes) for item in connection.response if item["type"] == "searchResEntry"]
 
         return self._ask(search)
@@ -208,7 +210,8 @@ class Directory:
         try:
             return question(self._connection)
         except (ldap_errors.LDAPEntryAlreadyExistsResult, ldap_errors.LDAPConstraintViolationResult) as error:
-            raise AddressTaken(f"an account with one of these addresses exists already ({error.message})") from None
+            reason = error.message or error.description
+            raise AddressTaken(f"an account has one of these addresses already ({reason})") from None
         except ldap_errors.LDAPOperationResult as error:
             reason = f"{error.description} {error.message}".strip()
             raise DirectoryError(f"the directory ({self._connection.server.host}) refused: {reason}") from None
