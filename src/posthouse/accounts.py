@@ -32,6 +32,7 @@ from posthouse.model import Site, Store
 from posthouse.secrets import Secrets
 
 COLUMNS = ("address", "name", "password", "quota", "store", "aliases", "forward", "spam_threshold")
+COUNTED = 20_000  # accounts; half a second
 LARGEST_QUOTA = 2**30  # MiB; a pebibyte
 # What slapd can check; see its own modules and argon2, pw-sha2. {CRYPT} is whatever the nodes' libc knows.
 HASHED = re.compile(r"\{(ARGON2|CRYPT|S?MD5|S?SHA|S?SHA(256|384|512))\}[\x21-\x7e]+")
@@ -184,7 +185,7 @@ class Accounts:
             return Outcome(wish.address)
         generated = None if password is not None else random.token_urlsafe(12)
         secret = self._checked_password(password if password is not None else generated or "")
-        place = wish.store or Placement(self.site.stores.values(), self.directory.counts()).choose()
+        place = wish.store or self._place()
         account = self._account(wish, place)
         addresses = ", ".join((account.address, *account.aliases))
         steps = (f"mailbox on {place}, {_limit(account.quota)}", f"entry with {addresses}")
@@ -300,7 +301,7 @@ class Accounts:
         with path.open("rb") as file:
             header = _header(path, file.readline())
             size = max(path.stat().st_size, 1)
-            placement = Placement(self.site.stores.values(), self.directory.counts())
+            placement = Placement(self.site.stores.values(), self.directory.counts() or Counter())
             with _Workers(self, workers) as pool:
                 shown = started
                 read = file.tell()
@@ -348,6 +349,16 @@ class Accounts:
         return True
 
     # Parts of the above
+
+    def _place(self) -> str:
+        """A store for one new account."""
+        stores = list(self.site.stores.values())
+        counts = self.directory.counts(most=COUNTED)
+        if counts is None:
+            # Counting would take longer than all the rest, and with so many chance keeps the shares.
+            chosen = random.SystemRandom().choices(stores, [store.weight for store in stores])
+            return chosen[0].name
+        return Placement(stores, counts).choose()
 
     def _make(self, account: Account, password_hash: str) -> None:
         mailboxes = self._store(account.store)

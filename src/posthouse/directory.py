@@ -109,10 +109,15 @@ class Directory:
         for entry in self._pages(f"(&{terms})", READ):
             yield self._account(entry)
 
-    def counts(self) -> Counter[str]:
-        """How many accounts each of the site's stores has. Reads one attribute of every entry."""
+    def counts(self, most: int | None = None) -> Counter[str] | None:
+        """How many accounts each of the site's stores has; None if there are more than `most`.
+
+        Reads one attribute of every entry: about 30 µs each.
+        """
         counts = Counter(dict.fromkeys(self._hosts.values(), 0))
-        for entry in self._pages("(objectClass=posthouseAccount)", ["mailHost"]):
+        for number, entry in enumerate(self._pages("(objectClass=posthouseAccount)", ["mailHost"]), 1):
+            if most is not None and number > most:
+                return None
             if (host := entry["mailHost"][0]) in self._hosts:
                 counts[self._hosts[host]] += 1
         return counts
