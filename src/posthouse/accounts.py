@@ -191,7 +191,7 @@ class Accounts:
         steps = (f"mailbox on {place}, {_limit(account.quota)}", f"entry with {addresses}")
         if not check:
             self._make(account, "{ARGON2}" + self._hasher.hash(secret))
-        return Outcome(account.address, steps, generated)
+        return Outcome(account.address, steps, None if check else generated)
 
     def passwd(self, address: str, password: str | None = None, check: bool = False) -> Outcome:
         """Sets a password; without one, one is generated and is in the outcome. Raises AccountError, DirectoryError."""
@@ -200,7 +200,7 @@ class Accounts:
         secret = self._checked_password(password if password is not None else generated or "")
         if not check:
             self.directory.set_password(account.address, "{ARGON2}" + self._hasher.hash(secret))
-        return Outcome(account.address, ("new password",), generated)
+        return Outcome(account.address, ("new password",), None if check else generated)
 
     def alias(self, address: str, add: Iterable[str] = (), remove: Iterable[str] = (), check: bool = False) -> Outcome:
         """Gives an account more addresses, and takes some away. Raises AccountError, AddressTaken, DirectoryError."""
