@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -101,10 +102,17 @@ class Nodes:
         recipients = [recipient for line in lines for recipient in json.loads(line)["recipients"]]
         return [to.get("delay_reason", "not tried yet") for to in recipients if to["address"] == address]
 
-    def flush(self) -> None:
-        """Tries all waiting mail now: by itself it waits for a minute or more."""
-        for place in self.queues:
-            self.each("mx", f"postqueue -c {place} -f")
+    def flush(self, *addresses: str, seconds: float = 60) -> None:
+        """Tries all waiting mail now, where by itself it waits for a minute or more, until none is left for these."""
+        deadline = time.monotonic() + seconds
+        while True:
+            for place in self.queues:
+                self.each("mx", f"postqueue -c {place} -f")
+            reasons = [reason for address in addresses for reason in self.waiting_for(address)]
+            if not reasons:
+                return
+            assert time.monotonic() < deadline, f"still queued after {seconds:g} s: {reasons}"
+            time.sleep(1)
 
 
 @pytest.fixture(scope="session")
