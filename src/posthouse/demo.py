@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from posthouse import lab, run, secrets
 from posthouse.apart import apart
 from posthouse.model import Site
+
+LOGS = Path("/var/log/posthouse")
 
 
 def demo(site: Site, keep: bool) -> int:
@@ -26,6 +30,8 @@ def demo(site: Site, keep: bool) -> int:
         else:
             _mail(site, counts)
     finally:
+        if counts["failed"]:
+            print(f"what went wrong is above; the nodes' journals are in {_keep_journals(site)}")
         if keep:
             print(f"the cluster goes on running; see it with: posthouse lab status {site.name}")
         else:
@@ -75,8 +81,20 @@ def _phase(sentence: str, step: Callable[[Site], bool], site: Site, counts: dict
     # In a process of its own: it enters the lab's network for good, and the next one is to build things outside of it.
     good = apart(lambda: step(site))
     counts["passed" if good else "failed"] += 1
-    print(f"{'ok' if good else 'FAILED':<8}{time.monotonic() - started:5.1f} s  {sentence}", flush=True)
+    print(f"{'ok' if good else 'FAILED':<8}{time.monotonic() - started:6.1f} s  {sentence}", flush=True)
     return good
+
+
+def _keep_journals(site: Site) -> Path:
+    """Saves the journal of every node that still runs, for the cluster is about to go; returns the folder."""
+    folder = LOGS / time.strftime("demo-%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True)
+    for node in lab.status(site.name):
+        if node["state"] == "running":
+            command = [*lab.command(site.name, node["name"]), "journalctl", "--no-pager", "--output=short-precise"]
+            with (folder / f"{node['name']}.log").open("wb") as file:
+                subprocess.run(command, stdout=file, check=False)
+    return folder
 
 
 def _mail(site: Site, counts: dict[str, Any]) -> None:
@@ -85,4 +103,4 @@ def _mail(site: Site, counts: dict[str, Any]) -> None:
         counts[outcome] += sum(case["outcome"] == outcome for case in cases)
     if status and not any(case["outcome"] == "failed" for case in cases):
         counts["failed"] += 1
-        print(f"FAILED           the lab suite did not run (pytest's exit status is {status})")
+        print(f"FAILED            the lab suite did not run (pytest's exit status is {status})")
