@@ -209,7 +209,8 @@ class Accounts:
         old = {self._own(alias) for alias in remove}
         if account.address in old:
             raise AccountError(f"{account.address} is the account's own address; only its aliases can be taken away")
-        self._check_free(account.address, new - set(account.aliases))
+        if new:
+            self._check_free(account.address, new, self.directory.holders(new))
         return self._change(account, replace(account, aliases=tuple(sorted((set(account.aliases) | new) - old))), check)
 
     def forward(self, address: str, to: Iterable[str] = (), only: bool = False, check: bool = False) -> Outcome:
@@ -377,33 +378,31 @@ class Accounts:
 
     def _existing(self, address: str) -> Account:
         address = self._own(address)
-        account = self.directory.get(address)
-        if account is None:
-            holder = self.directory.holders([address]).get(address)
-            hint = f"it is an alias of {holder}" if holder else "see: posthouse account list"
-            raise AccountError(f"no account {address}; {hint}")
-        return account
+        holder = self.directory.holders([address]).get(address)
+        if holder is None:
+            raise AccountError(f"no account {address}; see: posthouse account list")
+        if holder.address != address:
+            raise AccountError(f"{address} is an alias of {holder.address}; name that account")
+        return holder
 
     def _is_there(self, wish: Wish) -> bool:
-        """Whether the wish has come true already. Raises AccountError if it cannot any more."""
-        taken = self.directory.holders([wish.address, *(wish.aliases or ())])
-        if taken.get(wish.address) == wish.address:
-            account = self.directory.get(wish.address)
-            if account and (differences := wish.differs(account)):
-                raise AccountError(
-                    f"{wish.address} exists, with {'; '.join(differences)}; change it by: posthouse account"
-                )
-            return account is not None
-        self._check_free(wish.address, (), taken)
-        return False
+        """Whether the wish has come true already. Raises AccountError, AddressTaken if it cannot any more."""
+        addresses = [wish.address, *(wish.aliases or ())]
+        taken = self.directory.holders(addresses)
+        account = taken.get(wish.address)
+        if account is None or account.address != wish.address:
+            self._check_free(wish.address, addresses, taken)
+            return False
+        if differences := wish.differs(account):
+            raise AccountError(f"{wish.address} exists, with {'; '.join(differences)}; change it by: posthouse account")
+        return True
 
-    def _check_free(self, address: str, wanted: Iterable[str], taken: dict[str, str] | None = None) -> None:
-        if taken is None:
-            wanted = list(wanted)
-            taken = self.directory.holders(wanted) if wanted else {}
-        for alias, holder in taken.items():
-            if holder != address:
-                raise AddressTaken(f"{alias} belongs to {holder} already; choose another, or take it away there first")
+    def _check_free(self, address: str, wanted: Iterable[str], taken: dict[str, Account]) -> None:
+        for alias in wanted:
+            if alias in taken and taken[alias].address != address:
+                raise AddressTaken(
+                    f"{alias} belongs to {taken[alias].address} already; choose another, or take it away there first"
+                )
 
     def _wish(self, address: str, **given: Any) -> Wish:
         own = self._own(address)

@@ -87,12 +87,11 @@ class Directory:
         found = self._search(self._dn(address), "(objectClass=posthouseAccount)", ldap3.BASE, READ)
         return self._account(found[0]) if found else None
 
-    def holders(self, addresses: Iterable[str]) -> dict[str, str]:
-        """Which of these addresses, primary or alias, some account has: {address: that account's address}."""
-        wanted = set(addresses)
-        terms = "".join(f"(mailLocalAddress={escape_filter_chars(address)})" for address in sorted(wanted))
-        found = self._search(self._base, f"(|{terms})", ldap3.SUBTREE, ["uid", "mailLocalAddress"])
-        return {a: entry["uid"][0] for entry in found for a in entry["mailLocalAddress"] if a in wanted}
+    def holders(self, addresses: Iterable[str]) -> dict[str, Account]:
+        """Which of these addresses, own or alias, some account has: {address: that account}."""
+        terms = "".join(f"(mailLocalAddress={escape_filter_chars(address)})" for address in set(addresses))
+        found = [self._account(entry) for entry in self._search(self._base, f"(|{terms})", ldap3.SUBTREE, READ)]
+        return {address: account for account in found for address in (account.address, *account.aliases)}
 
     def accounts(
         self, match: str | None = None, store: str | None = None, status: str | None = None
