@@ -33,12 +33,13 @@ SITE = pytest.StashKey[Any]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     site = os.environ.get("POSTHOUSE_SITE", "lab")
     parser.addoption("--site", default=site, help="a folder in inventory/; its lab must be up and deployed")
-    parser.addoption("--full", action="store_true", help="keep mail flowing for longer while things break")
+    parser.addoption("--full", action="store_true", help="run the long soak, too")
     parser.addoption("--lines", action="store_true", help="print one sentence per check, and nothing else")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: takes minutes, and runs only with --full")
     config.stash[SITE] = sitefile.load(config.getoption("--site"))
     # Before any thread is started: threads and child processes inherit the lab's network.
     run.reach(config.stash[SITE])
@@ -47,7 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Lines())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     items.sort(key=lambda item: ORDER.index(item.path.stem))
 
 

@@ -109,7 +109,7 @@ def search(platform: Platform, nodes: Any, people: list[Person], world: World) -
 
 
 def assert_all_there(ledger: Ledger, platform: Platform, nodes: Any, people: list[Person], world: World) -> None:
-    """Everything acknowledged is there, once. (A message may pass from queue to mailbox just while it is looked for.)"""
+    """Everything acknowledged is there, once. Looks again, for a message may just be passing from queue to mailbox."""
     for _ in range(3):
         nodes.flush()
         complaints = ledger.complaints(search(platform, nodes, people, world))

@@ -208,3 +208,20 @@ def test_balancer_lost(platform, nodes, friend, people, site):
     finally:
         lab.start(site.name, holders[0])
     eventually(lambda: serving(nodes, holders[0]), 60, f"{holders[0]} serving again")
+
+
+@pytest.mark.full
+def test_soak(platform, nodes, friend, people, world, site):
+    """Each node loses power in turn, three times, while mail flows: nothing that was acknowledged is lost"""
+    everybody = [people.alice, people.bob, people.carol]
+    ledger = Ledger()
+    with Stream(platform, ledger, everybody, friend, senders=6) as stream:
+        for _ in range(3):
+            for node in site.nodes:
+                lab.kill(site.name, node)
+                lab.start(site.name, node)
+                eventually(lambda n=node: serving(nodes, n), 120, f"{node} serving again")
+                before = stream.taken
+                eventually(lambda b=before: stream.taken > b + 20, 60, "mail flowing again")
+    nodes.flush(*[person.address for person in everybody], seconds=300)
+    assert_all_there(ledger, platform, nodes, everybody, world)
