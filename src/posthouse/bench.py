@@ -124,7 +124,8 @@ class Engines:
         if done.returncode:
             raise Unequal(f"{engine}: failed:\n{(done.stdout + done.stderr)[-3000:]}")
         if engine == "pyinfra":
-            return "".join(re.findall(r".*\bSuccess\b.*\n", done.stdout + done.stderr))
+            # The last summary of an operation that did something says Success, else No changes.
+            return "\n".join(line for line in (done.stdout + done.stderr).splitlines() if "Success" in line)
         if engine == "posthouse":
             return "".join(line for line in done.stdout.splitlines() if " changed " in line)
         return "".join(
@@ -262,35 +263,37 @@ def _pyinfra_access(text: str) -> dict[str, str]:
 PYINFRA_DEPLOY = """
 from pathlib import Path
 
-from jinja2 import StrictUndefined
+from jinja2 import FunctionLoader
 from pyinfra import host
 from pyinfra.operations import apt, files, server, systemd
 
 items, variables, prefix = host.data.items, host.data.variables, host.data.prefix
-jinja = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True, "undefined": StrictUndefined}
+# What a template includes ends without a newline, as in Ansible.
+includes = FunctionLoader(lambda name: Path(name).read_text().removesuffix("\\n"))
+jinja = {"trim_blocks": True, "lstrip_blocks": True, "loader": includes}
 if not prefix:
-    for packages in items["packages"]:
+    for packages in host.loop(items["packages"]):
         apt.packages(packages=packages, no_recommends=True)
-    for user, groups in items["groups"]:
+    for user, groups in host.loop(items["groups"]):
         server.user(user=user, groups=groups, append=True)
-for item in items["directories"]:
+for item in host.loop(items["directories"]):
     files.directory(path=prefix + item["path"], mode=item["mode"], user=item["user"], group=item["group"])
 if prefix:
     made = {item["path"] for item in items["directories"]}
-    for folder in sorted({str(Path(item["dest"]).parent) for item in items["files"]} - made):
+    for folder in host.loop(sorted({str(Path(item["dest"]).parent) for item in items["files"]} - made)):
         files.directory(path=prefix + folder)
-for item in items["files"]:
+for item in host.loop(items["files"]):
     access = {"mode": item["mode"], "user": item["user"], "group": item["group"]}
     if item["src"].endswith(".j2"):
         files.template(
-            src=item["src"], dest=prefix + item["dest"], jinja_env_kwargs=jinja, **access, **variables | item["extra"]
+            src=item["src"], dest=prefix + item["dest"], jinja_env_kwargs=dict(jinja), **access, **variables | item["extra"]
         )
     else:
         files.put(src=item["src"], dest=prefix + item["dest"], **access)
 if not prefix:
-    for unit in items["masked"]:
+    for unit in host.loop(items["masked"]):
         files.link(path=f"/etc/systemd/system/{unit}.service", target="/dev/null")
-    for unit in items["units"]:
+    for unit in host.loop(items["units"]):
         systemd.service(service=unit, running=True, enabled=True)
 """
 
