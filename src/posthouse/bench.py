@@ -285,9 +285,8 @@ if prefix:
 for item in host.loop(items["files"]):
     access = {"mode": item["mode"], "user": item["user"], "group": item["group"]}
     if item["src"].endswith(".j2"):
-        files.template(
-            src=item["src"], dest=prefix + item["dest"], jinja_env_kwargs=dict(jinja), **access, **variables | item["extra"]
-        )
+        arguments = access | variables | item["extra"]
+        files.template(src=item["src"], dest=prefix + item["dest"], jinja_env_kwargs=dict(jinja), **arguments)
     else:
         files.put(src=item["src"], dest=prefix + item["dest"], **access)
 if not prefix:

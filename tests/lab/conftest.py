@@ -98,7 +98,6 @@ class Nodes:
         with ThreadPoolExecutor() as pool:
             return dict(zip(names, pool.map(lambda name: self.run(name, command), names), strict=True))
 
-
     def waiting_for(self, address: str) -> list[str]:
         """Why mail for an address waits in a queue: one reason for each message."""
         lines = "".join(self.each("mx", "postqueue -j").values()).splitlines()

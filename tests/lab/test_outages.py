@@ -190,6 +190,7 @@ def test_balancer_lost(platform, nodes, friend, people, site):
     started = time.monotonic()
     lab.kill(site.name, holders[0])
     try:
+
         def served() -> bool:
             with contextlib.suppress(OSError):
                 for port, greeting in ((25, b"220"), (993, b"* OK")):
