@@ -44,6 +44,7 @@ def converge(site: Site, runs: int) -> dict[str, Any]:
         for node in site.nodes.values():
             variables = render.shared_variables(site) | render.node_variables(site, node) | opened.for_node(node)
             generations[node.name] = render.generation(variables, list(node.tiers))
+            _leave_out_excused(generations[node.name], node.name, config)
             _private(work / f"{node.name}.json", json.dumps(variables))
         for tier in roles.TIERS:
             # Templates include each other by their role, and each engine looks for them where it is started.
@@ -74,6 +75,15 @@ def converge(site: Site, runs: int) -> dict[str, Any]:
         "files": sum(len(generation["files"]) for generation in generations.values()),
         "services": sum(len(generation["services"]) for generation in generations.values()),
     }
+
+
+def _leave_out_excused(generation: Variables, node: str, config: Path) -> None:
+    """Drops services that systemd's conditions exclude on the node: the others would try to start them every time."""
+    units = [service["unit"] for service in generation["services"]]
+    command = ["ssh", "-F", config, node, "systemctl show -p ActiveState --value", *units]
+    states = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    running = {unit for unit, state in zip(units, states, strict=True) if state == "active"}
+    generation["services"] = [service for service in generation["services"] if service["unit"] in running]
 
 
 def _private(path: Path, text: str) -> None:
@@ -206,13 +216,14 @@ def _stock_tasks(tier: str, generations: dict[str, Any]) -> Any:
     for unit in manifest.get("masked", []):
         yield task(f"Mask {unit}", "systemd_service", {"name": unit, "masked": True})
     for unit in manifest.get("services", {}):
-        yield task(
-            f"Service {unit}",
-            "systemd_service",
-            {"name": unit, "enabled": True, "state": "started"},
-            "units",
-            render.unit_name(unit),
-        )
+        if here("units", render.unit_name(unit)):
+            yield task(
+                f"Service {unit}",
+                "systemd_service",
+                {"name": unit, "enabled": True, "state": "started"},
+                "units",
+                render.unit_name(unit),
+            )
 
 
 def _pyinfra_hosts(site: Site, generations: dict[str, Any], work: Path, config: Path) -> str:
