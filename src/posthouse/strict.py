@@ -201,11 +201,20 @@ def _not_yaml(text: str, error: yaml.MarkedYAMLError) -> str:
 
 def _check_depth(text: str) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > DEEPEST:
-            line = event.start_mark.line + 1 if event.start_mark else 1
-            raise NotYaml(f"line {line}: nested more than {DEEPEST} deep; close the brackets")
+    try:
+        for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            if depth > DEEPEST:
+                raise _too_deep(event.start_mark)
+    except yaml.MarkedYAMLError as error:
+        # Newer versions of the YAML library have a limit of their own, and look ahead far enough to meet it first.
+        if "nesting depth" in (error.problem or ""):
+            raise _too_deep(error.problem_mark) from None
+        raise
+
+
+def _too_deep(mark: Any) -> NotYaml:
+    return NotYaml(f"line {mark.line + 1 if mark else 1}: nested more than {DEEPEST} deep; close the brackets")

@@ -1,0 +1,60 @@
+"""Commands on a site's nodes, over ssh with the site's own keys. Connections are kept for a minute and shared.
+
+    reached = Remote(site)
+    reached.run("mail1", "systemctl is-active postfix")
+    reached.each(["mail1", "mail2"], "uptime")       # side by side: {node: what it prints}
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from posthouse import PosthouseError, run
+from posthouse.model import Site
+
+
+class RemoteError(PosthouseError):
+    """A command that failed on a node: `node`, `status` (255: the node cannot be reached) and what it complained of."""
+
+    def __init__(self, node: str, status: int, complaint: str) -> None:
+        super().__init__(f"{node}: {complaint}")
+        self.node, self.status = node, status
+
+
+class Remote:
+    """The nodes of a site. Make it before any thread is started: for a lab site it enters the lab's network."""
+
+    def __init__(self, site: Site) -> None:
+        self._config = run.reach(site)
+
+    def run(self, node: str, command: str, text: str | None = None, timeout: float = 120) -> str:
+        """What a shell command prints on a node, as root, with `text` as its input. Raises RemoteError.
+
+        timeout: seconds until it is given up. Secrets go by `text`: a command line can be read by anybody.
+        """
+        try:
+            done = subprocess.run(
+                ["ssh", "-F", self._config, node, command],
+                input=text or "",
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise RemoteError(node, 255, f"no answer within {timeout:g} s to: {command}") from None
+        if done.returncode:
+            complaint = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode} of: {command}"
+            raise RemoteError(node, done.returncode, complaint)
+        return done.stdout
+
+    def each(self, nodes: Iterable[str], command: str, timeout: float = 120) -> dict[str, str]:
+        """The same command on several nodes, side by side: {node: what it prints}. Raises the first RemoteError."""
+        names = list(nodes)
+        if not names:
+            return {}
+        with ThreadPoolExecutor(len(names)) as pool:
+            return dict(zip(names, pool.map(lambda name: self.run(name, command, timeout=timeout), names), strict=True))
