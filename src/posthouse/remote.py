@@ -1,8 +1,8 @@
 """Commands on a site's nodes, over ssh with the site's own keys. Connections are kept for a minute and shared.
 
-    reached = Remote(site)
-    reached.run("mail1", "systemctl is-active postfix")
-    reached.each(["mail1", "mail2"], "uptime")       # side by side: {node: what it prints}
+reached = Remote(site)
+reached.run("mail1", "systemctl is-active postfix")
+reached.each(["mail1", "mail2"], "uptime")       # side by side: {node: what it prints}
 """
 
 from __future__ import annotations
