@@ -21,9 +21,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
-from clients import WORLD, Imap, Person, Platform, Smtp, World, closed_quietly, eventually, letter
 
 from posthouse import lab, run, sitefile
+from posthouse.probe.clients import WORLD, Imap, Person, Platform, Smtp, World, closed_quietly, eventually, letter
 
 # Harmless first, disruptive last.
 ORDER = ["test_delivery", "test_refusals", "test_mailbox", "test_submission", "test_changes", "test_outages"]

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from clients import Imap, Smtp, digest, eventually, letter
-from ledger import Ledger, Stream, assert_all_there, search
 
 from posthouse import lab
+from posthouse.probe.clients import Imap, Smtp, digest, eventually, letter
+from posthouse.probe.ledger import Ledger, Stream, assert_all_there, search
 
 SENDER = "stranger@example.net"
 

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import dns.resolver
@@ -106,8 +107,8 @@ class Smtp(smtplib.SMTP):
     ) -> Reply:
         """One message. Returns what decided it: the first refusal, else the answer to the message's end."""
         self.ehlo_or_helo_if_needed()
-        steps = [lambda: self.mail(sender, options)]
-        steps += [lambda to=to: self.rcpt(to) for to in ([recipients] if isinstance(recipients, str) else recipients)]
+        steps = [partial(self.mail, sender, options)]
+        steps += [partial(self.rcpt, to) for to in ([recipients] if isinstance(recipients, str) else recipients)]
         for step in steps:
             code, text = step()
             if code >= 300:
@@ -116,7 +117,8 @@ class Smtp(smtplib.SMTP):
         try:
             code, text = self.data(data)
         except smtplib.SMTPDataError as error:
-            code, text = error.smtp_code, error.smtp_error
+            answer = error.smtp_error
+            return Reply(error.smtp_code, answer if isinstance(answer, str) else answer.decode())
         return Reply(code, text.decode())
 
 
@@ -145,7 +147,13 @@ class Imap(imaplib.IMAP4_SSL):
 
     def folders(self) -> list[str]:
         """Names of all folders."""
-        return [re.sub(r'^\(.*?\) "?.*?"? "?(.*?)"?$', r"\1", line.decode()) for line in self.list()[1] if line]
+        names = []
+        for line in self.list()[1]:
+            if isinstance(line, tuple):  # a name that has to come as a literal
+                names.append(line[1].decode())
+            elif line:
+                names.append(re.sub(r'^\(.*?\) "?.*?"? "?(.*?)"?$', r"\1", line.decode()))
+        return names
 
 
 class Pop(poplib.POP3_SSL):
@@ -227,7 +235,8 @@ class World(Controller):
         """Called by aiosmtpd for each message."""
         assert isinstance(envelope.content, bytes)
         sender, recipients = envelope.mail_from or "", list(envelope.rcpt_tos)
-        self.arrivals.append(Arrival(session.peer[0], sender, recipients, envelope.content))
+        client = session.peer[0] if session.peer else ""
+        self.arrivals.append(Arrival(client, sender, recipients, envelope.content))
         return "250 taken"
 
     def to(self, recipient: str) -> list[Arrival]:

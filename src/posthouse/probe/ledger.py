@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from clients import Imap, Person, Platform, Smtp, World, closed_quietly, digest, header, letter
+from posthouse.probe.clients import Imap, Person, Platform, Smtp, World, closed_quietly, digest, header, letter
 
 
 class Copy(NamedTuple):
@@ -123,7 +123,9 @@ def _mailboxes(platform: Platform, people: list[Person]) -> Iterable[Copy]:
         with Imap(platform, person) as imap:
             for folder in imap.folders():
                 for data in imap.messages(folder=folder):
-                    yield Copy(*header(data, "Message-ID"), person.address, digest(data), f"{person.address}/{folder}")
+                    yield Copy(
+                        header(data, "Message-ID")[0], person.address, digest(data), f"{person.address}/{folder}"
+                    )
 
 
 def _queues(nodes: Any, addresses: set[str]) -> Iterable[Copy]:
