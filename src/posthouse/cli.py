@@ -110,7 +110,10 @@ def plan(site: SiteName = "lab", as_json: Json = False) -> None:
             "class",
             "address",
             "tiers",
-            rows=[[n["name"], n["class"], n["address"], " ".join(n["tiers"])] for n in data["nodes"]],
+            rows=[
+                [n["name"], f"{n['class']}, spare" if n["spare"] else n["class"], n["address"], " ".join(n["tiers"])]
+                for n in data["nodes"]
+            ],
         )
     )
     console.print(

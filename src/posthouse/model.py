@@ -17,6 +17,7 @@ from netaddr import IPAddress, IPNetwork, IPRange
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, create_model
 
 from posthouse import roles
+from posthouse.machines import BOOT_GIB, Install, Macs
 from posthouse.strict import Place, Problem, Strict, did_you_mean
 
 # A class that a site does not describe carries these tiers.
@@ -136,6 +137,7 @@ class NodeClass(Strict):
     tiers: list[Tier] = Field(description="what the nodes do; `mail` and `lb` have their tiers if this is left out")
     cores: int = Field(2, ge=1, description="CPU cores of each node; `posthouse plan` counts with them")
     disk_gib: float = Field(500, gt=0, description="GiB of each node's /srv, where mail, queues and directory are")
+    install: Install = Install()
 
 
 class NodeEntry(Strict):
@@ -143,6 +145,8 @@ class NodeEntry(Strict):
 
     klass: Name = Field(alias="class", description="one of `classes`")
     address: Address | None = Field(None, description="the (first) address; by default the next free one of the range")
+    mac: Macs | None = Field(None, description="MAC address of the interface that it boots from; a list for a range")
+    spare: bool = Field(False, description="a hot spare: does all that its class does, but no store may be put on it")
 
 
 class StoreEntry(Strict):
@@ -184,6 +188,19 @@ class Load(Strict):
     mailbox_mib: float = Field(200, gt=0, description="average size of a mailbox, in MiB")
 
 
+class Provision(Strict):
+    """How `posthouse provision serve` brings up bare machines of this site."""
+
+    dhcp: Literal["server", "proxy"] = Field(
+        "server", description="`proxy` where another DHCP server gives the addresses, and posthouse only the boot file"
+    )
+    guests: AddressRange | None = Field(
+        None, description="addresses lent to machines that are no nodes, so that they get a menu; without, no answer"
+    )
+    http_port: int = Field(8480, ge=1, le=65535, description="where boot files and images are fetched")
+    https_port: int = Field(8481, ge=1, le=65535, description="where machines report, by the site's own CA")
+
+
 class Lab(Strict):
     """Makes this a site that runs on this machine, in network namespaces of its own."""
 
@@ -201,6 +218,8 @@ class Node(Strict):
     klass: str
     tiers: tuple[str, ...]
     provider: bool
+    mac: str | None
+    spare: bool
 
 
 class Store(Strict):
@@ -275,6 +294,7 @@ class Site(Strict):
     accounts: Accounts = Accounts()
     tls: Tls = Tls()
     load: Load = Load()
+    provision: Provision = Provision()
     lab: Lab | None = None
 
     @property
@@ -305,6 +325,7 @@ class Site(Strict):
     def nodes(self) -> dict[str, Node]:
         """All nodes by name, in the order of the site file."""
         nodes = {}
+        macs = {name: mac for _, name, mac in self._macs}
         for key, name, address in self._places:
             klass = self.node_entries[key].klass
             carried = self.classes[klass].tiers if klass in self.classes else []
@@ -315,8 +336,27 @@ class Site(Strict):
                 klass=klass,
                 tiers=tuple(tier for tier in roles.TIERS if tier == "base" or tier in carried),
                 provider=name in self.directory.providers,
+                mac=macs.get(name),
+                spare=self.node_entries[key].spare,
             )
         return nodes
+
+    @property
+    def _macs(self) -> list[tuple[str, str, str]]:
+        """Every MAC address: (the node's key in the site file, its name, the address)."""
+        return [
+            (key, name, mac)
+            for key, entry in self.node_entries.items()
+            for name, mac in zip(expand(key), entry.mac or (), strict=False)
+        ]
+
+    def least_disk_gib(self, klass: str) -> float:
+        """How large a disk of a node of this class must be: as the site says, or as large as its file systems are."""
+        return self.classes[klass].install.disk.min_gib or self._file_systems_gib(self.classes[klass])
+
+    def _file_systems_gib(self, entry: NodeClass) -> float:
+        srv = self.lab.srv_mib / 1024 if self.lab else entry.disk_gib
+        return srv if entry.install.method == "diskless" else entry.install.root_gib + BOOT_GIB + srv
 
     @cached_property
     def stores(self) -> dict[str, Store]:
@@ -390,6 +430,8 @@ class Site(Strict):
             self._network_problems: {"network", "vips", "lab"},
             self._class_problems: {"classes"},
             self._node_problems: {"network", "classes", "nodes"},
+            self._machine_problems: {"classes", "nodes", "lab"},
+            self._provision_problems: {"network", "vips", "provision"},
             self._name_problems: {"domains", "vips", "classes", "nodes", "stores"},
             self._provider_problems: {"classes", "nodes", "directory"},
             self._store_problems: {"network", "classes", "nodes", "stores"},
@@ -508,6 +550,46 @@ class Site(Strict):
         if lacking:
             yield ("nodes",), f"no node carries {', '.join(lacking)}; add nodes of a class that does"
 
+    def _machine_problems(self) -> Iterator[Problem]:
+        for name, klass in self.classes.items():
+            yield from klass.install.problems(("classes", name, "install"), self._file_systems_gib(klass))
+        owners: dict[str, str] = {}
+        for key, entry in self.node_entries.items():
+            count = len(expand(key))
+            if entry.mac is not None and len(entry.mac) != count:
+                reason = f"addresses of {len(entry.mac)} machines for {count} of them"
+                yield ("nodes", key, "mac"), f"{reason}; give one for each, in their order"
+        for key, name, mac in self._macs:
+            if mac in owners:
+                reason = f"{mac} is {owners[mac]}'s already; look at the machine's label, or at `ip link`"
+                yield ("nodes", key, "mac"), f"{name}: {reason}"
+            owners.setdefault(mac, name)
+
+    def _provision_problems(self) -> Iterator[Problem]:
+        net, guests = self.network, self.provision.guests
+        place = ("provision", "guests")
+        if self.provision.http_port == self.provision.https_port:
+            yield ("provision", "https_port"), f"{self.provision.https_port} is http_port as well; choose another"
+        if not guests:
+            return
+        if self.provision.dhcp == "proxy":
+            yield place, "with `dhcp: proxy` the other server gives the addresses; leave it out"
+        if guests not in net.cidr:
+            yield place, f"{guests} is not inside {net.cidr}; choose addresses of that network"
+        for name, taken in {"nodes": net.nodes, "stores": net.stores}.items():
+            if guests.first <= taken.last and taken.first <= guests.last:
+                yield place, f"{guests} overlaps network.{name} ({taken}); give it a range of its own"
+        single = {f"vips.{name}": address for name, address in self.vips.items()}
+        single |= {f"network.resolvers.{i}": address for i, address in enumerate(net.resolvers)}
+        single |= {"network.controller": net.controller}
+        single |= {"network.gateway": net.gateway} if net.gateway else {}
+        for name, address in single.items():
+            if address in guests:
+                yield place, f"{guests} takes in {address}, which is {name}; leave it out"
+        for address in (net.cidr.network, net.cidr.broadcast):
+            if address and address in guests:
+                yield place, f"{guests} takes in {address}, which no machine may have; leave it out"
+
     def _name_problems(self) -> Iterator[Problem]:
         taken = RESERVED | dict.fromkeys(roles.TIERS, "a tier's") | dict.fromkeys(self.classes, "a class's")
         taken |= dict.fromkeys(self.vips, "a VIP's") | dict.fromkeys(self.store_entries, "a store's")
@@ -537,6 +619,7 @@ class Site(Strict):
 
     def _store_problems(self) -> Iterator[Problem]:
         space = self.network.stores
+        spares = {name for key, name, _ in self._places if self.node_entries[key].spare}
         numbers: dict[int, str] = {}
         for name, entry in self.store_entries.items():
             number = int(name[1:])
@@ -554,6 +637,9 @@ class Site(Strict):
                     yield ("stores", name, role), f"no node {member!r}; {did_you_mean(member, self._tiers_of)}"
                 elif "store" not in self._tiers_of[member]:
                     yield ("stores", name, role), f"{member} does not carry the tier store; choose a node that does"
+                elif member in spares:
+                    reason = f"{member} is a spare, which holds no store until it is put to use"
+                    yield ("stores", name, role), f"{reason}; run: posthouse expand {member}"
                 if entry.replicas.count(member) > 1:
                     yield ("stores", name, role), f"{member} is listed twice; list each node once"
             if entry.primary in entry.replicas:

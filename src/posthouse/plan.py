@@ -63,6 +63,9 @@ def _notes(site: Site) -> list[str]:
     alone = [tier for tier in roles.TIERS[1:] if len(site.groups[tier]) == 1]
     if alone:
         found.append(f"On one node only: {', '.join(alone)}. While it is down, nobody does their work.")
+    spares = [node.name for node in site.nodes.values() if node.spare]
+    if spares:
+        found.append(f"Hot spares: {', '.join(spares)}. They share the work, hold no store, and no figure counts them.")
     if site.lab:
         found.append("In the lab all nodes share this machine: together they can do what it can.")
     return found
@@ -74,8 +77,8 @@ def _notes(site: Site) -> list[str]:
 def load(site: Site) -> list[dict[str, Any]]:
     """The site's load beside what its nodes can do, by the figures of the calibration.
 
-    Rows: {"what", "needed" at peak, "capacity" of all nodes, "degraded": the same with one node down, "headroom":
-    degraded / needed, "bound": what it is bound by}.
+    Rows: {"what", "needed" at peak, "capacity" of all nodes but spares, "degraded": the same with one node down,
+    "headroom": degraded / needed, "bound": what it is bound by}.
     """
     limits = {name: limit["value"] for name, limit in calibration()["limits"].items()}
     messages = site.load.accounts * site.load.messages_per_account / DAY * site.load.peak
@@ -87,7 +90,9 @@ def load(site: Site) -> list[dict[str, Any]]:
     weights = {store.name: store.weight for store in site.stores.values()}
     largest = max(weights, key=weights.__getitem__)
     copies = sum(weights[s.name] * (1 + len(s.replicas)) for s in site.stores.values()) / sum(weights.values())
-    disks = {node.name: _disk_gib(site, node) * limits["disk_share"] for node in site.groups["store"]}
+    disks = {
+        node.name: _disk_gib(site, node) * limits["disk_share"] for node in _counted(site) if "store" in node.tiers
+    }
     stored = limits["accounts_per_store"]
     return [
         _cpu_row(site, "mail, all scanned (1/s)", messages, costs),
@@ -117,6 +122,11 @@ def load(site: Site) -> list[dict[str, Any]]:
     ]
 
 
+def _counted(site: Site) -> list[Node]:
+    """All nodes but the spares: what the site can do must not depend on them, for they are there to be used up."""
+    return [node for node in site.nodes.values() if not node.spare]
+
+
 def _disk_gib(site: Site, node: Node) -> float:
     """The size of a node's /srv. In the lab it is a file."""
     return site.lab.srv_mib / 1024 if site.lab else site.classes[node.klass].disk_gib
@@ -143,7 +153,7 @@ def _core_seconds() -> dict[str, float]:
 
 
 def _cpu_row(site: Site, what: str, needed: float, costs: Costs) -> dict[str, Any]:
-    nodes = list(site.nodes.values())
+    nodes = _counted(site)
     capacity, bound = _bound(site, nodes, costs)
     # Whichever node is missed most: one of each class is tried.
     samples = {node.klass: node for node in nodes}.values()

@@ -14,7 +14,7 @@ import typer
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from posthouse import model, roles
+from posthouse import machines, model, roles
 
 FOLDER = roles.ROOT / "docs" / "reference"
 MADE = "<!-- Made by `posthouse docs`; edit what it describes instead. -->\n"
@@ -24,6 +24,7 @@ PARSED = {
     model._ip: "address",
     model._cidr: "network",
     model._range: "range of addresses, `FIRST-LAST`",
+    machines._macs: "MAC address, or a list of them",
 }
 
 
@@ -55,12 +56,15 @@ def _site() -> Iterator[str]:
     sections: dict[str, type[BaseModel]] = {
         "network": model.Network,
         "classes.NAME": model.NodeClass,
+        "classes.NAME.install": machines.Install,
+        "classes.NAME.install.disk": machines.Disk,
         "nodes.NAME": model.NodeEntry,
         "stores.NAME": model.StoreEntry,
         "directory": model.Directory,
         "accounts": model.Accounts,
         "tls": model.Tls,
         "load": model.Load,
+        "provision": model.Provision,
         "lab": model.Lab,
     }
     for name, section in sections.items():

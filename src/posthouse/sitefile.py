@@ -64,3 +64,29 @@ def parse(text: str, path: Path = Path("site.yml")) -> Site:
     if found:
         raise SiteError(path, document.text(found))
     return site
+
+
+def refuse_foreign_macs(site: Site) -> None:
+    """Raises SiteError if a machine of this site is also one of another site in inventory/: who wipes it would be luck.
+
+    A site file that cannot be read might hold any machine, so it stops this too.
+    """
+    path = INVENTORY / site.name / "site.yml"
+    mine = {node.mac: node.name for node in site.nodes.values() if node.mac}
+    found = []
+    for other in sorted(INVENTORY.glob("*/site.yml")):
+        name = other.parent.name
+        if name == site.name:
+            continue
+        try:
+            nodes = load(name).nodes.values()
+        except SiteError as error:
+            reason = f"inventory/{name}/site.yml may name the same machines and cannot be read: {error.problems[0]}"
+            raise SiteError(path, [f"nodes: {reason}; mend it, or take the folder away"]) from None
+        found += [
+            f"nodes.{mine[node.mac]}.mac: {node.mac} is {node.name}'s in the site {name}; take it out of one of the two"
+            for node in nodes
+            if node.mac in mine
+        ]
+    if found:
+        raise SiteError(path, found)

@@ -69,7 +69,7 @@ def script(*arguments: str, site: str) -> subprocess.CompletedProcess[str]:
 def test_script_prints_the_inventory_of_the_named_site() -> None:
     done = script("--list", site="million")
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["mail"]["hosts"]) == 104
+    assert len(json.loads(done.stdout)["mail"]["hosts"]) == 106
 
 
 def test_script_refuses_in_one_sentence() -> None:

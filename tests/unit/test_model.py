@@ -103,8 +103,43 @@ def test_million_spreads_the_load_of_a_dead_node() -> None:
     for node in site.groups["store"]:
         served = [store for store in site.stores.values() if store.primary == node.name]
         copies = [store for store in site.stores.values() if node.name in store.replicas]
+        if node.spare:
+            assert not served + copies
+            continue
         assert len(served) == len(copies) == 4
         assert len({store.replicas for store in served}) == 4, "four other nodes take over what this one served"
         assert len({store.primary for store in copies}) == 4
     pairs = [{store.primary, *store.replicas} for store in site.stores.values()]
     assert max(pairs.count(pair) for pair in pairs) == 1, "two dead nodes never take two stores with them"
+
+
+def test_macs_are_one_for_each_node_of_a_range_in_one_notation(sound: str) -> None:
+    macs = "[52-54-00-AA-00-01, 5254.00aa.0002, 525400aa0003]"
+    site = parse(sound.replace("address: 10.77.0.21}", f"address: 10.77.0.21, mac: {macs}}}"))
+    assert {node.name: node.mac for node in site.nodes.values()} == {
+        "lb1": None,
+        "lb2": None,
+        "mail1": "52:54:00:aa:00:01",
+        "mail2": "52:54:00:aa:00:02",
+        "mail3": "52:54:00:aa:00:03",
+    }
+
+
+def test_a_spare_does_all_that_its_class_does(sound: str) -> None:
+    site = parse(sound.replace("{class: lb}", "{class: lb}\n  mail9: {class: mail, spare: true, address: 10.77.0.90}"))
+    assert site.nodes["mail9"].spare
+    assert site.nodes["mail9"].tiers == site.nodes["mail1"].tiers
+    assert "10.77.0.90" in site.sources(["mx"])
+    assert not site.nodes["mail1"].spare
+
+
+def test_a_disk_must_hold_what_is_planned_for_it(sound: str) -> None:
+    def least(install: str, klass: str = "mail") -> float:
+        text = sound.replace("lab: {outside: 198.51.100.0/24}", f"classes: {{mail: {{disk_gib: 300, {install}}}}}")
+        return parse(text).least_disk_gib(klass)
+
+    assert least("cores: 2") == 300 + 20 + 2
+    assert least("install: {root_gib: 50}") == 300 + 50 + 2
+    assert least("install: {disk: {min_gib: 100}}") == 100
+    assert least("install: {method: diskless}") == 300
+    assert parse(sound).least_disk_gib("mail") == 2 + 20 + 2, "in the lab /srv is as large as the lab says"

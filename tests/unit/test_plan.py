@@ -195,5 +195,14 @@ def test_million_is_planned_and_rendered_whole(tmp_path: Path) -> None:
     site = load("million")
     assert all(found["headroom"] >= 1 for found in plan.load(site))
     plan.write_tree(site, tmp_path / "out", with_secrets=False)
-    assert len(list((tmp_path / "out").iterdir())) == 109
+    assert len(list((tmp_path / "out").iterdir())) == 111
     assert len(list((tmp_path / "out" / "mail104" / "etc" / "cyrus").iterdir())) == 8
+
+
+def test_spares_are_named_and_counted_for_nothing(sound: str) -> None:
+    more = sound.replace("address: 10.77.0.21}", "address: 10.77.0.21}\n  mail[4:5]: {class: mail, spare: true}")
+    without, with_spares = plan.plan(parse(sound)), plan.plan(parse(more))
+    assert with_spares["load"] == without["load"]
+    assert [node["name"] for node in with_spares["nodes"] if node["spare"]] == ["mail4", "mail5"]
+    assert any(note.startswith("Hot spares: mail4, mail5.") for note in with_spares["notes"])
+    assert not any("spare" in note for note in without["notes"])

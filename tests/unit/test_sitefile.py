@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from posthouse import sitefile
-from posthouse.sitefile import SiteError, load, parse
+from posthouse.sitefile import SiteError, load, parse, refuse_foreign_macs
 
 
 @pytest.fixture
@@ -102,3 +102,31 @@ def test_any_wrong_value_at_any_place_is_an_error_of_ours(sound: str) -> None:
                 assert all(": " in problem and "pydantic" not in problem for problem in error.problems), (path, value)
     assert tried > 500
     assert refused > 0.9 * tried
+
+
+MAC = "52:54:00:ab:00:01"
+
+
+def with_mac(text: str, mac: str, name: str = "lab") -> str:
+    named = text.replace("name: lab", f"name: {name}")
+    return named.replace("lb[1:2]: {class: lb}", f'lb1: {{class: lb, mac: "{mac}"}}')
+
+
+def test_machines_of_another_site_are_refused(inventory: Path, sound: str) -> None:
+    (inventory / "lab" / "site.yml").write_text(with_mac(sound, MAC))
+    (inventory / "corp").mkdir()
+    (inventory / "corp" / "site.yml").write_text(with_mac(sound, MAC.upper(), "corp"))
+    with pytest.raises(SiteError) as caught:
+        refuse_foreign_macs(load("lab"))
+    assert caught.value.problems == [
+        f"nodes.lb1.mac: {MAC} is lb1's in the site corp; take it out of one of the two",
+    ]
+    (inventory / "corp" / "site.yml").write_text(with_mac(sound, "52:54:00:ab:00:02", "corp"))
+    refuse_foreign_macs(load("lab"))
+
+
+def test_a_site_that_cannot_be_read_may_hold_any_machine(inventory: Path, sound: str) -> None:
+    (inventory / "corp").mkdir()
+    (inventory / "corp" / "site.yml").write_text("name: [")
+    with pytest.raises(SiteError, match=r"inventory/corp/site\.yml may name the same machines and cannot be read"):
+        refuse_foreign_macs(load("lab"))
