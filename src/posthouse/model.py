@@ -157,6 +157,12 @@ class StoreEntry(Strict):
     weight: float = Field(1.0, gt=0, description="share of new accounts, relative to other stores")
 
 
+class Cluster(Strict):
+    """Nodes that decide who serves a store when its primary fails. A majority of them has to be up for that."""
+
+    members: list[Name] = Field(description="store nodes that run etcd; an odd number, at least 3")
+
+
 class Directory(Strict):
     """The directory's providers: the nodes that take writes. Every other node carries a read replica."""
 
@@ -291,6 +297,7 @@ class Site(Strict):
     vips: dict[Literal["mail"], Address] = Field(min_length=1, description="virtual addresses held by the lb nodes")
     directory: Directory
     store_entries: dict[StoreName, StoreEntry] = Field(alias="stores", min_length=1, description="where accounts live")
+    cluster: Cluster | None = Field(None, description="without it, stores do not fail over by themselves")
     accounts: Accounts = Accounts()
     tls: Tls = Tls()
     load: Load = Load()
@@ -435,6 +442,7 @@ class Site(Strict):
             self._name_problems: {"domains", "vips", "classes", "nodes", "stores"},
             self._provider_problems: {"classes", "nodes", "directory"},
             self._store_problems: {"network", "classes", "nodes", "stores"},
+            self._cluster_problems: {"classes", "nodes", "cluster"},
         }
         for check, leans_on in checks.items():
             if not leans_on & broken:
@@ -645,6 +653,21 @@ class Site(Strict):
             if entry.primary in entry.replicas:
                 reason = f"{entry.primary} is the store's primary; a replica there dies with it: choose another node"
                 yield ("stores", name, "replicas"), reason
+
+    def _cluster_problems(self) -> Iterator[Problem]:
+        if self.cluster is None:
+            return
+        place, members = ("cluster", "members"), self.cluster.members
+        for name in dict.fromkeys(members):
+            if name not in self._tiers_of:
+                yield place, f"no node {name!r}; {did_you_mean(name, self._tiers_of)}"
+            elif "store" not in self._tiers_of[name]:
+                yield place, f"{name} does not carry the tier store; choose a node that does"
+            if members.count(name) > 1:
+                yield place, f"{name} is listed twice; list each node once"
+        if len(members) < 3 or len(members) % 2 == 0:
+            reason = f"{len(members)} members: with an even number, or fewer than 3, none may fail that one fewer could not"
+            yield place, f"{reason}; name 3, or 5"
 
     @cached_property
     def _tiers_of(self) -> dict[str, list[str]]:
