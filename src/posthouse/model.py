@@ -666,8 +666,10 @@ class Site(Strict):
             if members.count(name) > 1:
                 yield place, f"{name} is listed twice; list each node once"
         if len(members) < 3 or len(members) % 2 == 0:
-            reason = f"{len(members)} members: with an even number, or fewer than 3, none may fail that one fewer could not"
-            yield place, f"{reason}; name 3, or 5"
+            yield (
+                place,
+                f"{len(members)} members: a majority of them has to be up; name 3 to spare one, or 5 to spare two",
+            )
 
     @cached_property
     def _tiers_of(self) -> dict[str, list[str]]:

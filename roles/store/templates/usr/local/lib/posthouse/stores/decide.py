@@ -10,14 +10,14 @@ The nodes of a store agree on one record, which etcd keeps (`{store}/state`):
     to        the node that an operator wants to be the primary; absent otherwise
     lag       {replica: seconds}, for people
 
-and each notes which copy of the mail it has (`{store}/copy/{node}`): a node that lost power, or its disk, gets another name
-for its copy, for nobody can say any more that it is complete.
+and each notes which copy of the mail it has (`{store}/copy/{node}`): a node that lost power, or its disk, gets another
+name for its copy, for nobody can say any more that it is complete.
 
-A primary beats once a second, by a change of the record that succeeds only if nobody else has changed it. One that could not do
-so for HOLD seconds stops serving by itself. A replica in sync takes over, by such a change, when it has watched the
-record stay the same for TTL seconds. The time counts from when the one began to beat, and from when the other saw it: so the
-first is over before the second, however long messages take. (Not etcd's own leases: a new leader of etcd gives all of
-them their full time again, and the leader is often what died.)
+A primary beats once a second, by a change of the record that succeeds only if nobody else made one. One that could not
+do so for HOLD seconds stops serving by itself. A replica in sync takes over, by such a change, when it has watched
+the record stay the same for TTL seconds. The time counts from when the one began to beat, and from when the other saw
+it: so the first is over before the second, however long messages take. (Not etcd's own leases: a new leader of etcd
+gives all of them their full time again, and the leader is often what died.)
 """
 
 TTL = 5.0
@@ -32,10 +32,10 @@ LATE = 8.0
 def decide(view):
     """(action, reason) for a view of the store from one node.
 
-    view: {"me": node, "nodes": [all of the store, the preferred one first], "role": "primary" or "replica" (what it runs
-    as now), "reached": whether etcd answered, "left": seconds until this node's own time is up, "age": seconds since
-    the record was last seen to change, "up": seconds since this keeper began, "state": the record or None, "copies": {node:
-    copy}}.
+    view: {"me": node, "nodes": [all of the store, the preferred one first], "role": "primary" or "replica" (what it
+    runs as now), "reached": whether etcd answered, "left": seconds until this node's own time is up, "age": seconds
+    since the record was last seen to change, "up": seconds since this keeper began, "state": the record or None,
+    "copies": {node: copy}}.
 
     Actions: `create` the record, `renew` it (and serve), `take` over, `stop` serving, `wait`.
     """
@@ -102,8 +102,9 @@ def handed_over(state, to, copies):
 def renewed(state, copies, confirmed, based, lag):
     """The record of a primary that goes on.
 
-    confirmed: replicas that were brought up to the present while acknowledgements already waited for them; based: {node: the
-    copy that was compared whole}; lag: {node: seconds}. A replica that is late, or has another copy, is in sync no more.
+    confirmed: replicas that were brought up to the present while acknowledgements already waited for them; based:
+    {node: the copy that was compared whole}; lag: {node: seconds}. A replica that is late, or has another copy, is in
+    sync no more.
     """
     me = state["primary"]
     base = {**state["base"], **based, me: copies.get(me)}

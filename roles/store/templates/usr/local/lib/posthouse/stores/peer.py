@@ -12,9 +12,9 @@ AGAIN = 3
 class Peer:
     """A replica, while this node is the primary.
 
-    One that is not in sync is compared whole with the primary (unless its copy lacks nothing but what the log has), then
-    brought up to the present, then `required`: from then on acknowledgements wait for it. Once it has all that happened
-    before that moment, it is `confirmed`: whatever was or will be acknowledged, it has.
+    One that is not in sync is compared whole with the primary (unless its copy lacks nothing but what the log has),
+    then brought up to the present, then `required`: from then on acknowledgements wait for it. Once it has all that
+    happened before that moment, it is `confirmed`: whatever was or will be acknowledged, it has.
     """
 
     def __init__(self, place, name):
@@ -33,10 +33,8 @@ class Peer:
         self.confirmed = False
 
     def step(self, in_sync, copy, complete):
-        """Does what is next. copy: the one that the node says it has, or None; complete: whether it is known to be so."""
-        if in_sync:
-            self._forget()
-        elif copy is None:
+        """Does what is next. copy: the one that the node says it has, or None; complete: known to be so."""
+        if in_sync or copy is None:
             self._forget()
         elif not complete and self.based != copy:
             self._forget()
@@ -51,8 +49,19 @@ class Peer:
             self._compared_copy = copy
             self._comparing = subprocess.Popen(
                 [
-                    "/sbin/runuser", "-u", "cyrus", "-g", "mail", "--",
-                    "/usr/lib/cyrus/bin/sync_client", "-C", f"{self.place.now}/sync.conf", "-A", "-n", self.name, "-o",
+                    "/sbin/runuser",
+                    "-u",
+                    "cyrus",
+                    "-g",
+                    "mail",
+                    "--",
+                    "/usr/lib/cyrus/bin/sync_client",
+                    "-C",
+                    f"{self.place.now}/sync.conf",
+                    "-A",
+                    "-n",
+                    self.name,
+                    "-o",
                 ],
                 stdin=subprocess.DEVNULL,
             )

@@ -1,9 +1,9 @@
 """Whether a replica has everything up to now, seen from what Cyrus's replication leaves in its folder.
 
-Every change is noted in sync/NODE/log before it is acknowledged. sync_client renames that to log-run, brings all of it to
-the replica and then removes it; if that fails, it stays and is done again. So a replica has everything that happened
-before now once the files that are there now are gone. A file that is open keeps its number, so that a new one cannot
-be taken for it.
+Every change is noted in sync/NODE/log before it is acknowledged. sync_client renames that to log-run, brings all of it
+to the replica and then removes it; if that fails, it stays and is done again. So a replica has everything that happened
+before now once the files that are there now are gone. A file that is open keeps its number, so that a new one cannot be
+taken for it.
 """
 
 import os
