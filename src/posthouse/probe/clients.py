@@ -28,6 +28,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
 from posthouse import secrets
+from posthouse.mailboxes import folder_names, quoted
 from posthouse.model import Site
 
 Found = TypeVar("Found")
@@ -252,24 +253,6 @@ class World(Controller):
     def to(self, recipient: str) -> list[Arrival]:
         """What came for an address so far."""
         return [arrival for arrival in self.arrivals if recipient in arrival.recipients]
-
-
-def quoted(name: str) -> str:
-    """A folder's name as IMAP takes it in a command."""
-    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
-
-
-def folder_names(lines: Iterable[object]) -> list[str]:
-    """The names, as IMAP encodes them, in the answer to LIST; those of folders that hold no messages are left out."""
-    names = []
-    for line in lines:
-        head, name = line if isinstance(line, tuple) else (line, None)  # a tuple: the name came as a literal
-        match = re.match(rb'\((.*?)\) (?:"(?:[^"\\]|\\.)*"|NIL) (.*)', head) if isinstance(head, bytes) else None
-        if match and not re.search(rb"\\(Noselect|NonExistent)", match[1], re.IGNORECASE):
-            quoted = match[2][1:-1] if match[2].startswith(b'"') else match[2]
-            names.append((name if name is not None else re.sub(rb"\\(.)", rb"\1", quoted)).decode())
-    return names
 
 
 def introduce(platform: Platform, address: str) -> None:
