@@ -68,9 +68,7 @@ def seen(site, *holders: str, behind: float = 0.0) -> dict:
     for node in site.nodes.values():
         addresses = [s.address for s in site.stores.values() if s.primary == node.name and s.name != "s01"]
         addresses += [site.stores["s01"].address] if node.name in holders else []
-        stores = {
-            s.name: dict.fromkeys(s.replicas, behind if s.name == "s01" else 0.0) for s in site.stores.values()
-        }
+        stores = {s.name: dict.fromkeys(s.replicas, behind if s.name == "s01" else 0.0) for s in site.stores.values()}
         data = {"addresses": addresses, "directory": None, "stores": stores, "held": []}
         found[node.name] = {"files": [], "daemons": [], "data": data}
     return found
