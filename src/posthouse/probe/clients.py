@@ -62,10 +62,10 @@ class Reply(NamedTuple):
 
 
 class Platform:
-    """The site as its users and the world see it: one name."""
+    """The site as its users and the world see it: one name. patience: seconds after which clients give up an answer."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, site: Site, patience: float = 60) -> None:
+        self.site, self.patience = site, patience
         self.host = f"mail.{site.domain}"
         self.tls = ssl.create_default_context(cadata=secrets.load(site).ca_cert)
         self._resolver = dns.resolver.Resolver(configure=False)
@@ -81,10 +81,12 @@ class Platform:
         answer = self._resolver.resolve(name, kind)[0]
         return b"".join(answer.strings).decode() if kind == "TXT" else str(answer).rstrip(".")
 
-    def dial(self, port: int, source: str | None = None, timeout: float = 60, tls: bool = False) -> socket.socket:
+    def dial(
+        self, port: int, source: str | None = None, timeout: float | None = None, tls: bool = False
+    ) -> socket.socket:
         """A connection to the public name, from a stranger's address if `source` is given."""
         address = (self.lookup(self.host), port)
-        connection = socket.create_connection(address, timeout, (source, 0) if source else None)
+        connection = socket.create_connection(address, timeout or self.patience, (source, 0) if source else None)
         return self.tls.wrap_socket(connection, server_hostname=self.host) if tls else connection
 
 
@@ -97,7 +99,7 @@ class Smtp(smtplib.SMTP):
         self._platform, self._source = platform, source
         # Strangers name themselves as DNS does.
         name = f"host-{source.rpartition('.')[2]}.{WORLD}" if source else f"client.{WORLD}"
-        super().__init__(platform.host, port, local_hostname=name, timeout=60)
+        super().__init__(platform.host, port, local_hostname=name, timeout=platform.patience)
         if port == 587:
             self.starttls(context=platform.tls)
         if person:
@@ -131,11 +133,11 @@ class Imap(imaplib.IMAP4_SSL):
 
     def __init__(self, platform: Platform, person: Person, source: str | None = None) -> None:
         self._platform, self._source = platform, source
-        super().__init__(platform.host, timeout=60)
+        super().__init__(platform.host, timeout=platform.patience)
         self.login(person.address, person.password)
 
     def _create_socket(self, timeout: float | None) -> socket.socket:
-        return self._platform.dial(993, self._source, timeout or 60, tls=True)
+        return self._platform.dial(993, self._source, timeout, tls=True)
 
     def messages(self, message_id: str | None = None, folder: str = "INBOX") -> list[bytes]:
         """All messages of a folder, or those with the Message-ID, as they are; none if there is no such folder."""
@@ -159,7 +161,7 @@ class Pop(poplib.POP3_SSL):
 
     def __init__(self, platform: Platform, person: Person, source: str | None = None) -> None:
         self._platform, self._source = platform, source
-        super().__init__(platform.host, timeout=60, context=platform.tls)
+        super().__init__(platform.host, timeout=platform.patience, context=platform.tls)
         self.user(person.address)
         self.pass_(person.password)
 
