@@ -7,7 +7,7 @@ import imaplib
 import re
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,6 +98,14 @@ class Mailboxes:
         except (imaplib.IMAP4.error, OSError) as error:
             raise self._admin_error(error) from None
         return any(answer)
+
+    def addresses(self) -> set[str]:
+        """Whose mailboxes are here. Raises StoreError."""
+        try:
+            answer = _expect(self._admin().list('""', "user/%"))
+        except (imaplib.IMAP4.error, OSError) as error:
+            raise self._admin_error(error) from None
+        return {name.removeprefix("user/") for name in folder_names(answer)}
 
     def delete(self, address: str) -> None:
         """Removes the account's mailbox with all its folders. Cyrus keeps it aside for a while. Raises StoreError."""
@@ -238,6 +246,24 @@ def _secured(connection: socket.socket, tls: ssl.SSLContext, host: str) -> ssl.S
     # The server's greeting waits for our ACK of its session tickets; give it at once.
     secured.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
     return secured
+
+
+def quoted(name: str) -> str:
+    """A folder's name as IMAP takes it in a command."""
+    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def folder_names(lines: Iterable[object]) -> list[str]:
+    """The names, as IMAP encodes them, in the answer to LIST; those of folders that hold no messages are left out."""
+    names = []
+    for line in lines:
+        head, name = line if isinstance(line, tuple) else (line, None)  # a tuple: the name came as a literal
+        match = re.match(rb'\((.*?)\) (?:"(?:[^"\\]|\\.)*"|NIL) (.*)', head) if isinstance(head, bytes) else None
+        if match and not re.search(rb"\\(Noselect|NonExistent)", match[1], re.IGNORECASE):
+            quoted = match[2][1:-1] if match[2].startswith(b'"') else match[2]
+            names.append((name if name is not None else re.sub(rb"\\(.)", rb"\1", quoted)).decode())
+    return names
 
 
 def _root(address: str) -> str:

@@ -31,6 +31,7 @@ ORDER = [
     "test_refusals",
     "test_mailbox",
     "test_submission",
+    "test_drift",
     "test_probe",
     "test_changes",
     "test_outages",
