@@ -1,0 +1,47 @@
+"""Verbs about nodes: drain, undrain, upgrade, expand, retire, rebuild. One documented function each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from posthouse import run
+from posthouse.model import Site
+from posthouse.sitefile import load
+
+NodeName = Annotated[str, typer.Argument(metavar="NODE", help="The node.")]
+SiteName = Annotated[str, typer.Option("--site", metavar="SITE", help="A folder in inventory/.")]
+Check = Annotated[bool, typer.Option("--check", help="Show the plan; change nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def operate(site: str, as_json: bool, operation: Callable[[Site], dict[str, Any]]) -> None:
+    """Does an operation on a site under its lock, and prints what came of it."""
+    loaded = load(site)
+    with run.exclusive(loaded):
+        report = operation(loaded)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    notes = [f"{step['node']}: {step['note']}" for step in report["steps"] if step["note"]]
+    done = f"done in {report['seconds']:g} s" if report["steps"] else "nothing was changed"
+    console.print(f"{report['operation']}: {done}", *notes, sep="\n  ", markup=False)
+
+
+def expand(node: NodeName, site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
+    """Put a node more into service: it is converged, the others learn of it, and nothing on them is restarted."""
+    from posthouse.ops import expand as module
+
+    operate(site, as_json, lambda loaded: module.expand(loaded, node, check))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Puts these verbs on a command line."""
+    for verb in (expand,):
+        app.command()(verb)
