@@ -41,7 +41,20 @@ def expand(node: NodeName, site: SiteName = "lab", check: Check = False, as_json
     operate(site, as_json, lambda loaded: module.expand(loaded, node, check))
 
 
+def rebuild(
+    node: NodeName,
+    site: SiteName = "lab",
+    measure: Annotated[bool, typer.Option("--measure", help="Copy twice, the second time without care.")] = False,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Make a dead node anew: from the image of its class, the site file, the secrets, and its peers' data."""
+    from posthouse.ops import rebuild as module
+
+    operate(site, as_json, lambda loaded: module.rebuild(loaded, node, check, measure))
+
+
 def add_to(app: typer.Typer) -> None:
     """Puts these verbs on a command line."""
-    for verb in (expand,):
+    for verb in (expand, rebuild):
         app.command()(verb)

@@ -121,9 +121,7 @@ def _cases(junit: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def verify(
-    site: Site, tiers: list[str] | None = None, quiet: bool = False, node: str | None = None
-) -> dict[str, Any]:
+def verify(site: Site, tiers: list[str] | None = None, quiet: bool = False, node: str | None = None) -> dict[str, Any]:
     """Runs the read-only verify suite, on all nodes or on one.
 
     Returns {"passed": n, "failed": n, "checks": [{"tier", "check", "node", "outcome", "seconds", "message"}]}.

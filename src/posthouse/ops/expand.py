@@ -38,7 +38,7 @@ def plan(site: Site, have: State, node: str) -> list[Step]:
 
 def _in_all_pools(site: Site, have: State, node: str) -> bool:
     """Whether every balancer knows the node, as far as it carries a tier that is in a pool."""
-    if not {"mx", "submission", "access"} & set(site.nodes[node].tiers):
+    if not service.pooled(site, node):
         return True
     return all(any(node in servers for servers in pools.values()) for pools in have.pools.values())
 

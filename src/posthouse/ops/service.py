@@ -1,4 +1,4 @@
-"""What several operations do to a node: converge it, put it into the balancers' pools, wait until it serves, verify it."""
+"""What several operations do to a node: converge it, put it into the pools, wait until it serves, verify it."""
 
 from __future__ import annotations
 
@@ -45,6 +45,11 @@ def pools(site: Site, node: str, wanted: str, wait: int = 60, limit: str | None 
     return ""
 
 
+def pooled(site: Site, node: str) -> bool:
+    """Whether a node carries a tier that is in one of the balancers' pools."""
+    return bool({"mx", "submission", "access"} & set(site.nodes[node].tiers))
+
+
 def in_service(have: state.State, node: str) -> bool:
     """Whether the balancers send clients to a node, in all pools that it is in; true for one that is in none."""
     states = [servers[node] for pools in have.pools.values() for servers in pools.values() if node in servers]
@@ -59,7 +64,9 @@ def await_service(site: Site, remote: Remote, node: str) -> str:
         if node in have.deployed and in_service(have, node):
             return ""
         if time.monotonic() - started > SERVING_SECONDS:
-            raise Stopped(f"the balancers do not see it serve after {SERVING_SECONDS} s; see: posthouse verify {site.name}")
+            raise Stopped(
+                f"the balancers do not see it serve after {SERVING_SECONDS} s; see: posthouse verify {site.name}"
+            )
         time.sleep(1)
 
 
@@ -83,7 +90,7 @@ def _last_line(text: str) -> str:
 
 
 def quietly(work: Any) -> str:
-    """What an attempt to put something back came to, in words: the next attempt shall not be lost to this one's error."""
+    """What an attempt to put something back complains of; the attempts after it shall be made all the same."""
     try:
         work()
     except PosthouseError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,8 @@ test -e /var/lib/posthouse/generation.json && echo deployed yes
 ip -4 -o address | sed -n 's/.* inet \\([0-9.]*\\).*/address \\1/p'
 df -m --output=avail /srv | sed -n '2s/^ */free /p'
 test -S /run/slapd/ldapi && echo directory yes
-test -S /run/haproxy/admin.sock && echo 'show servers state' | socat -t 5 - /run/haproxy/admin.sock | awk '/^[0-9]+ / {{print "server", $2, $4, $6, $7}}'
+test -S /run/haproxy/admin.sock && echo 'show servers state' | socat -t 5 - /run/haproxy/admin.sock |
+    awk '/^[0-9]+ / {{print "server", $2, $4, $6, $7}}'
 for file in /srv/store/*/config/sync/*/log*; do
     test -s "$file" && test -n "$(find "$file" -mmin +1)" && echo "late $file"
 done
@@ -43,6 +44,10 @@ class State:
     # balancer → pool → server → "up", "down" or "drained"
     pools: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
     free: dict[str, int] = field(default_factory=dict)  # node → MiB free on its /srv
+
+    def behind(self, store: str) -> Callable[[str], bool]:
+        """Says of a node whether its copy of a store lacks something: a key to sort by, the best copies first."""
+        return lambda node: (store, node) in self.late
 
     def others_serving(self, node: str) -> dict[str, bool]:
         """Of each pool that the node is in: whether anybody else serves there, as some balancer sees it."""
@@ -81,31 +86,35 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
     """The state that the nodes' answers tell of; None stands for a node that did not answer."""
     stores = {store.address: store.name for store in site.stores.values()}
     vip = str(site.vips["mail"])
-    state: dict[str, Any] = {"primaries": {}, "pools": {}, "free": {}, "vip": ""}
     flags: dict[str, set[str]] = {"drained": set(), "deployed": set()}
-    late = set()
+    primaries, holder, late, free = {}, "", set(), {}
+    pools: dict[str, dict[str, dict[str, str]]] = {}
     for node, text in answers.items():
         for word, *rest in (line.split() for line in (text or "").splitlines() if line.strip()):
             if word in flags:
                 flags[word].add(node)
             elif word == "address" and rest[0] in stores:
-                state["primaries"][stores[rest[0]]] = node
+                primaries[stores[rest[0]]] = node
             elif word == "address" and rest[0] == vip:
-                state["vip"] = node
+                holder = node
             elif word == "free":
-                state["free"][node] = int(rest[0])
+                free[node] = int(rest[0])
             elif word == "server":
                 pool, server, operational, administrative = rest
                 how = "drained" if int(administrative) else "up" if operational == "2" else "down"
-                state["pools"].setdefault(node, {}).setdefault(pool, {})[server] = how
+                pools.setdefault(node, {}).setdefault(pool, {})[server] = how
             elif word == "late":
                 _, _, _, store, _, _, peer, *_ = rest[0].split("/")
                 late.add((store, peer))
     return State(
         answers=frozenset(node for node, text in answers.items() if text is not None),
+        deployed=frozenset(flags["deployed"]),
+        drained=frozenset(flags["drained"]),
+        primaries=primaries,
         late=frozenset(late),
-        **{name: frozenset(nodes) for name, nodes in flags.items()},
-        **state,
+        vip=holder,
+        pools=pools,
+        free=free,
     )
 
 

@@ -43,7 +43,9 @@ def shown(steps: Sequence[Step]) -> list[str]:
 def perform(
     steps: Sequence[Step], actions: Mapping[str, Action], put_back: Callable[[list[Step]], str] | None = None
 ) -> list[dict[str, Any]]:
-    """Does the steps in order: [{"do", "node", "say", "what", "seconds", "note"}]. Raises Stopped at the first that fails.
+    """Does the steps in order; raises Stopped at the first that fails.
+
+    Returns [{"do", "node", "say", "what", "seconds", "note"}].
 
     put_back: is given the steps that were begun, the last one first, puts service back as far as it can, and says in
     words how things stand then.
@@ -72,7 +74,7 @@ def carry_out(
 ) -> dict[str, Any]:
     """Shows a plan and, unless it is only to be checked, does it. Raises Stopped.
 
-    Returns {"operation", "plan": [line], "changed": whether there is anything to do, "steps": see `perform`, "seconds"}.
+    Returns {"operation", "plan": [line], "changed": whether there is anything to do, "steps" (see perform), "seconds"}.
     """
     started = time.monotonic()
     plan = shown(steps)
