@@ -223,29 +223,6 @@ def verify(site: SiteName = "lab", tier: Tier = None, as_json: Json = False) -> 
         raise typer.Exit(1)
 
 
-@app.command()
-def drain(
-    node: Annotated[str, typer.Argument(help="The node.")],
-    site: Annotated[str, typer.Option(help="A folder in inventory/.")] = "lab",
-    undo: Annotated[bool, typer.Option("--undo", help="Put the node back into service.")] = False,
-    check: Check = False,
-    as_json: Json = False,
-) -> None:
-    """Take a node out of the balancers' pools: what it serves ends in its own time, nothing new comes."""
-    from posthouse import run
-
-    loaded = load(site)
-    if node not in loaded.nodes:
-        raise SystemExit(f"posthouse: {node}: no such node in {site}; its nodes are {', '.join(loaded.nodes)}")
-    variables = {"drain_node": node, "drain_state": "ready" if undo else "drain"}
-    with run.exclusive(loaded):
-        result = run.playbook(loaded, "drain", *(["--check"] if check else []), variables=variables, quiet=as_json)
-    if as_json:
-        print(json.dumps(result, indent=2))
-    if not result["ok"]:
-        raise typer.Exit(1)
-
-
 @lab_app.command("up")
 def lab_up(site: SiteName = "lab") -> None:
     """Build the images if needed and start all nodes of a site; what runs already stays."""

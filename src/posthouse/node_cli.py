@@ -34,6 +34,26 @@ def operate(site: str, as_json: bool, operation: Callable[[Site], dict[str, Any]
     console.print(f"{report['operation']}: {done}", *notes, sep="\n  ", markup=False)
 
 
+def drain(
+    node: NodeName,
+    site: SiteName = "lab",
+    wait: Annotated[int, typer.Option(min=0, help="Seconds in which its sessions may end by themselves.")] = 60,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Take a node out of service: no client, no store, no mail waits on it. It stays so until `undrain`."""
+    from posthouse.ops import drain as module
+
+    operate(site, as_json, lambda loaded: module.drain(loaded, node, check, wait))
+
+
+def undrain(node: NodeName, site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
+    """Put a drained node back into service: its pools, and the stores that the site file gives it."""
+    from posthouse.ops import drain as module
+
+    operate(site, as_json, lambda loaded: module.undrain(loaded, node, check))
+
+
 def expand(node: NodeName, site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
     """Put a node more into service: it is converged, the others learn of it, and nothing on them is restarted."""
     from posthouse.ops import expand as module
@@ -56,5 +76,5 @@ def rebuild(
 
 def add_to(app: typer.Typer) -> None:
     """Puts these verbs on a command line."""
-    for verb in (expand, rebuild):
+    for verb in (drain, undrain, expand, rebuild):
         app.command()(verb)

@@ -131,9 +131,8 @@ def need_answers(state: State, nodes: Iterable[str]) -> None:
 def from_data(data: dict[str, Any]) -> State:
     """A state written down as plain data, as test cases and reports have it."""
     sets = {key: frozenset(data.get(key, ())) for key in ("answers", "deployed", "drained")}
-    late = frozenset((store, node) for store, node in data.get("late", ()))
-    rest = {key: data[key] for key in ("primaries", "vip", "pools", "free") if key in data}
-    return State(late=late, **sets, **rest)
+    sets["late"] = frozenset((store, node) for store, node in data.get("late", ()))
+    return State(**{**data, **sets})
 
 
 def mark(remote: Remote, node: str, data: dict[str, Any]) -> None:
