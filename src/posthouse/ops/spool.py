@@ -18,18 +18,18 @@ from posthouse.remote import Remote
 # The longest that a source stands still. Then it goes on and the copy fails, rather than its users wait.
 STILL_SECONDS = 60
 
-_BULK = """
+_BULK = r"""
 set -eu
 cd /srv/store/{store}
 mkdir -p /run/posthouse
 touch /run/posthouse/copy-{store}
-find spool -type f -name '[0-9]*.' -print0 |
+find spool \( -type d -o -type f -name '[0-9]*.' \) -print0 |
     tar --create --null --no-recursion --ignore-failed-read --warning=no-file-removed --files-from=-
 """
 
 # Frozen, not stopped: its sessions notice a pause and no more. What is on disk then is what a crash would leave, and
-# every start of an instance puts that right (ctl_cyrusdb -r). `timeout` lets it go on also if this shell is killed.
-_REST = """
+# every start of an instance puts that right (ctl_cyrusdb -r). The timer lets it go on also if this shell is killed.
+_REST = r"""
 set -eu
 cd /srv/store/{store}
 unit=cyrus@{store}.service
@@ -38,8 +38,9 @@ if systemctl --quiet is-active $unit; then
     trap "systemctl thaw $unit; systemctl stop posthouse-thaw-{store}.timer" EXIT
     systemctl freeze $unit
 fi
-find config sieve spool -type f \\( ! -path 'spool/*' -o ! -name '[0-9]*.' -o -cnewer /run/posthouse/copy-{store} \\) \\
-    ! -path 'config/socket/*' ! -path 'config/sync/*' ! -path 'config/proc/*' ! -path 'config/lock/*' \\
+find config sieve spool \( -type d -o -type f \) \
+    \( -type d -o ! -path 'spool/*' -o ! -name '[0-9]*.' -o -cnewer /run/posthouse/copy-{store} \) \
+    ! -path 'config/socket/*' ! -path 'config/sync/*' ! -path 'config/proc/*' ! -path 'config/lock/*' \
     ! -path 'config/db.backup*' ! -path config/deliver.db ! -name '*.NEW' -print0 |
     tar --create --null --no-recursion --ignore-failed-read --files-from=-
 """
