@@ -34,6 +34,7 @@ ORDER = [
     "test_probe",
     "test_changes",
     "test_outages",
+    "test_nodes",
 ]
 SITE = pytest.StashKey[Any]()
 
