@@ -35,6 +35,7 @@ ORDER = [
     "test_probe",
     "test_changes",
     "test_outages",
+    "test_nodes",
 ]
 SITE = pytest.StashKey[Any]()
 
