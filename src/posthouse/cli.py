@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from posthouse import PosthouseError, __version__, account_cli, probe_cli
+from posthouse import PosthouseError, __version__, account_cli, backup_cli, probe_cli
 from posthouse.sitefile import load
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 lab_app = typer.Typer(help="Run a site on this machine, in network namespaces of its own.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure, as ratios in one run.", no_args_is_help=True)
 app.add_typer(account_cli.app, name="account")
+app.add_typer(backup_cli.app, name="backup")
 app.add_typer(lab_app, name="lab")
 app.add_typer(bench_app, name="bench")
 app.add_typer(probe_cli.app, name="ledger")

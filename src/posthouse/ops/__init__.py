@@ -1,0 +1,1 @@
+"""Operations on a running site: one module per verb."""
