@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from posthouse import secrets
 from posthouse.ops import backup as backups
+from posthouse.ops import restore
 from posthouse.ops.repository import Repository
 from posthouse.sitefile import load
 
@@ -20,19 +21,27 @@ from posthouse.sitefile import load
 class Default(TyperGroup):
     """A verb with more words below it, that also works without: what is not one of them belongs to `run`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Called by click."""
         if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
             args = ["run", *args]
-        return super().parse_args(ctx, args)
+        parsed: list[str] = super().parse_args(ctx, args)
+        return parsed
 
 
+restore_app = typer.Typer(help="Bring back what a backup has and the site lacks.", no_args_is_help=True)
 app = typer.Typer(cls=Default, help="Back a site up, off its replicas, into its encrypted repository.")
 
 SiteName = Annotated[str, typer.Argument(metavar="SITE", help="A folder in inventory/.")]
 SiteOption = Annotated[str, typer.Option("--site", metavar="SITE", help="A folder in inventory/.")]
 Check = Annotated[bool, typer.Option("--check", help="Say what would change; change nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Address = Annotated[str, typer.Argument(help="The account: its full address.")]
+At = Annotated[
+    str | None,
+    typer.Option(metavar="TIME|BACKUP", help="As it was then (UTC); by default the newest backup that has it."),
+]
+Into = Annotated[str | None, typer.Option(metavar="FOLDER", help="Put it beside what is there, into this folder.")]
 
 console = Console(soft_wrap=True, highlight=False)
 progress = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -120,3 +129,74 @@ def prune_backups(site: SiteName = "lab", check: Check = False, as_json: Json = 
 def show_key(site: SiteName = "lab") -> None:
     """Print the repository's password, to be kept somewhere else than the site."""
     print(secrets.ensure(load(site)).passwords["backup_repository"])
+
+
+def _restored(result: restore.Restored, as_json: bool, check: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(result) | {"changed": result.changed}))
+        return
+    for step in result.steps:
+        console.print(f"{'would do: ' if check else ''}{step}", markup=False)
+    verb = "would come back" if check else "came back"
+    console.print(
+        f"{result.address}: {result.messages} messages {verb} from {result.backup}, {result.there} were there"
+    )
+
+
+@restore_app.command("message")
+def restore_message(
+    address: Address,
+    message: Annotated[str, typer.Argument(help="Its Message-ID, <…>, or with --folder its UID in the backup.")],
+    folder: Annotated[str | None, typer.Option(help="Look only in this folder.")] = None,
+    site: SiteOption = "lab",
+    at: At = None,
+    into: Into = None,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Bring one message back."""
+    if message.isdigit() and not folder:
+        raise typer.BadParameter("a UID counts in one folder; name it with --folder")
+    loaded = load(site)
+    wanted = restore.Wanted(folder, message, into)
+    _restored(restore.mail(loaded, secrets.ensure(loaded), address, wanted, at=at, check=check), as_json, check)
+
+
+@restore_app.command("folder")
+def restore_folder(
+    address: Address,
+    folder: Annotated[str, typer.Argument(help="Its name, like Archive/2025.")],
+    site: SiteOption = "lab",
+    at: At = None,
+    into: Into = None,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Bring back what a folder lacks."""
+    loaded = load(site)
+    wanted = restore.Wanted(folder, None, into)
+    _restored(restore.mail(loaded, secrets.ensure(loaded), address, wanted, at=at, check=check), as_json, check)
+
+
+@restore_app.command("mailbox")
+def restore_mailbox(
+    address: Address,
+    site: SiteOption = "lab",
+    at: At = None,
+    into: Into = None,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Bring back what an account's mailbox lacks: folders, messages, rights, annotations, Sieve scripts."""
+    loaded = load(site)
+    wanted = restore.Wanted(None, None, into)
+    _restored(restore.mail(loaded, secrets.ensure(loaded), address, wanted, at=at, check=check), as_json, check)
+
+
+@restore_app.command("account")
+def restore_account(
+    address: Address, site: SiteOption = "lab", at: At = None, check: Check = False, as_json: Json = False
+) -> None:
+    """Bring a deleted account back: its entry and password, limit, mail, rights and Sieve scripts."""
+    loaded = load(site)
+    _restored(restore.account(loaded, secrets.ensure(loaded), address, at=at, check=check), as_json, check)

@@ -26,6 +26,7 @@ lab_app = typer.Typer(help="Run a site on this machine, in network namespaces of
 bench_app = typer.Typer(help="Measure, as ratios in one run.", no_args_is_help=True)
 app.add_typer(account_cli.app, name="account")
 app.add_typer(backup_cli.app, name="backup")
+app.add_typer(backup_cli.restore_app, name="restore")
 app.add_typer(lab_app, name="lab")
 app.add_typer(bench_app, name="bench")
 app.add_typer(probe_cli.app, name="ledger")

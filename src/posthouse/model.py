@@ -217,7 +217,10 @@ class Backup(Strict):
 
     repository: (
         Annotated[str, AfterValidator(_checked(r"(/|rclone:[\w.-]+:)[^\x00-\x1f\x7f]*", _REPOSITORY))] | None
-    ) = Field(None, description="a folder of the controller's, or one of its rclone remotes; /var/lib/posthouse/backup/SITE if left out")
+    ) = Field(
+        None,
+        description="a folder of the controller's, or one of its rclone remotes; /var/lib/posthouse/backup/SITE if left out",
+    )
     keep: Keep = Keep()
     drill_days: int = Field(31, ge=1, description="after so many days without a drill, `drill --status` is red")
 

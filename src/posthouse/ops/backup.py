@@ -84,7 +84,9 @@ def plan(site: Site, primaries: dict[str, str], reachable: Iterable[str]) -> lis
     for node in site.nodes.values():
         if set(QUEUES) & set(node.tiers):
             if node.name not in up:
-                raise BackupError(f"{node.name}: cannot be reached, and its queues are nowhere else; bring it back first")
+                raise BackupError(
+                    f"{node.name}: cannot be reached, and its queues are nowhere else; bring it back first"
+                )
             parts.append(Part(f"queues:{node.name}", node.name))
     for store in site.stores.values():
         primary = primaries[store.name]

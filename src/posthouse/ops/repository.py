@@ -122,18 +122,20 @@ class Repository:
         served = self.place.removeprefix("rclone:")
         with contextlib.ExitStack() as stack:
             server = subprocess.Popen(
-                ["rclone", "serve", "restic", "--append-only", "--cache-objects=false", "--config", _rclone_config()]
-                + ["--addr", f"127.0.0.1:{port}", served],
+                [
+                    *("rclone", "serve", "restic", "--append-only", "--cache-objects=false"),
+                    *("--config", _rclone_config(), "--addr", f"127.0.0.1:{port}", served),
+                ],
                 env=os.environ | {"RCLONE_USER": "node", "RCLONE_PASS": password},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-            stack.callback(_end, server)
+            stack.callback(end, server)
             _until_open(port, server)
             lent = Lent(remote, self._password, password)
             for node in nodes:
-                stack.callback(_end, lent.connect(node, port))
+                stack.callback(end, lent.connect(node, port))
             yield lent
 
 
@@ -154,10 +156,12 @@ class Lent:
         """Brings the controller's port to a node, as a socket; returns the process that keeps it there."""
         # A connection of its own: one shared with others would keep the socket open after we are done.
         link = subprocess.Popen(
-            ["ssh", "-F", self._remote.config, "-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes"]
-            + ["-o", "StreamLocalBindMask=0177", "-R", f"{self._socket}:127.0.0.1:{port}", node]
-            # Ends, and takes the socket away, when we close its input, however we end.
-            + [f"echo ready; cat >/dev/null; rm -f {self._socket}"],
+            [
+                *("ssh", "-F", self._remote.config, "-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes"),
+                *("-o", "StreamLocalBindMask=0177", "-R", f"{self._socket}:127.0.0.1:{port}", node),
+                # Ends, and takes the socket away, when we close its input, however we end.
+                f"echo ready; cat >/dev/null; rm -f {self._socket}; echo closed",
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -213,15 +217,17 @@ def _until_open(port: int, server: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
         time.sleep(0.05)
-    raise BackupError("rclone: does not serve the repository on this machine's loopback; try: rclone serve restic --help")
+    raise BackupError(
+        "rclone: does not serve the repository on this machine's loopback; try: rclone serve restic --help"
+    )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that we started, of its own accord where closing its input makes it go."""
     if process.stdin:
         process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
+        if process.stdout:
+            # What it does last on its node is done then. It itself may wait for connections that we still hold.
+            process.stdout.readline()
     process.terminate()
     process.wait()
-
-
