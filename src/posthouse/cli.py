@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from posthouse import PosthouseError, __version__, account_cli, drift_cli, failover_cli, node_cli, probe_cli
+from posthouse import PosthouseError, __version__, account_cli, backup_cli, drift_cli, failover_cli, node_cli, probe_cli
 from posthouse.sitefile import load
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ lab_app = typer.Typer(help="Run a site on this machine, in network namespaces of
 bench_app = typer.Typer(help="Measure, as ratios in one run.", no_args_is_help=True)
 app.add_typer(account_cli.app, name="account")
 failover_cli.add(app)
+app.add_typer(backup_cli.app, name="backup")
+app.add_typer(backup_cli.restore_app, name="restore")
 app.add_typer(lab_app, name="lab")
 app.add_typer(bench_app, name="bench")
 app.add_typer(probe_cli.app, name="ledger")

@@ -117,6 +117,9 @@ Domain = Annotated[
 Text = Annotated[str, AfterValidator(_checked(r"[^\x00-\x1f\x7f]*", "text of one line; leave out control characters"))]
 
 
+_REPOSITORY = "a backup repository; write it like /srv/backup/corp, or rclone:REMOTE:PATH for one of rclone's remotes"
+
+
 class Network(Strict):
     """The network that all nodes share."""
 
@@ -205,6 +208,31 @@ class Provision(Strict):
     )
     http_port: int = Field(8480, ge=1, le=65535, description="where boot files and images are fetched")
     https_port: int = Field(8481, ge=1, le=65535, description="where machines report, by the site's own CA")
+
+
+class Keep(Strict):
+    """How many backups stay: the last one of each of so many days, weeks and months."""
+
+    daily: int = Field(7, ge=1, description="days")
+    weekly: int = Field(5, ge=0, description="weeks")
+    monthly: int = Field(12, ge=0, description="months")
+
+
+class Backup(Strict):
+    """Where backups go, how long they stay, and how often one must have been proved good."""
+
+    repository: (
+        Annotated[str, AfterValidator(_checked(r"(/|rclone:[\w.-]+:)[^\x00-\x1f\x7f]*", _REPOSITORY))] | None
+    ) = Field(
+        None,
+        description="a folder of the controller's, or one of its rclone remotes; /var/lib/posthouse/backup/SITE if left out",
+    )
+    keep: Keep = Keep()
+    drill_days: int = Field(31, ge=1, description="after so many days without a drill, `drill --status` is red")
+
+    def place(self, site: str) -> str:
+        """The repository of a site, as restic names it."""
+        return self.repository or f"/var/lib/posthouse/backup/{site}"
 
 
 class Lab(Strict):
@@ -302,6 +330,7 @@ class Site(Strict):
     tls: Tls = Tls()
     load: Load = Load()
     provision: Provision = Provision()
+    backup: Backup = Backup()
     lab: Lab | None = None
 
     @property

@@ -28,7 +28,7 @@ class Remote:
     """The nodes of a site. Make it before any thread is started: for a lab site it enters the lab's network."""
 
     def __init__(self, site: Site) -> None:
-        self._config = run.reach(site)
+        self.config = str(run.reach(site))
 
     def run(self, node: str, command: str, text: str | None = None, timeout: float = 120) -> str:
         """What a shell command prints on a node, as root, with `text` as its input. Raises RemoteError.
@@ -37,7 +37,7 @@ class Remote:
         """
         try:
             done = subprocess.run(
-                ["ssh", "-F", self._config, node, command],
+                ["ssh", "-F", self.config, node, command],
                 input=text or "",
                 capture_output=True,
                 text=True,
