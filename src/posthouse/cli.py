@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from posthouse import PosthouseError, __version__, account_cli
+from posthouse import PosthouseError, __version__, account_cli, provision_cli
 from posthouse.sitefile import load
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 lab_app = typer.Typer(help="Run a site on this machine, in network namespaces of its own.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure, as ratios in one run.", no_args_is_help=True)
 app.add_typer(account_cli.app, name="account")
+app.add_typer(provision_cli.app, name="provision")
 app.add_typer(lab_app, name="lab")
 app.add_typer(bench_app, name="bench")
 
@@ -244,13 +245,25 @@ def drain(
 
 
 @lab_app.command("up")
-def lab_up(site: SiteName = "lab") -> None:
-    """Build the images if needed and start all nodes of a site; what runs already stays."""
+def lab_up(
+    site: SiteName = "lab",
+    vm: Annotated[
+        list[str] | None, typer.Option("--vm", metavar="NODE", help="Run this node as a QEMU machine (repeatable).")
+    ] = None,
+    uefi: Annotated[bool, typer.Option("--uefi", help="New machines have UEFI firmware, not BIOS.")] = False,
+) -> None:
+    """Build the images if needed and start all nodes of a site; what runs already stays.
+
+    A QEMU machine has a blank disk at first and is installed from the network, as a real one is.
+    """
     from posthouse import lab, secrets
+    from posthouse.lab import requirements
 
     loaded = load(site)
     lab.ensure_requirements()
-    lab.up(loaded, secrets.ensure(loaded))
+    if vm:
+        requirements.ensure(requirements.MACHINES)
+    lab.up(loaded, secrets.ensure(loaded), vm or (), uefi)
     progress.print(f"{site} is up; next: posthouse deploy {site}")
 
 

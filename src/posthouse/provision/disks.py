@@ -42,6 +42,7 @@ class Disk:
     model: str = ""
     serial: str = ""
     holds: str = ""
+    srv: bool = False  # it is the disk of a diskless machine, set up before
 
     def __str__(self) -> str:
         known = " ".join(part for part in (self.model, self.serial and f"serial {self.serial}") if part)
@@ -92,14 +93,17 @@ def hardware(report: str) -> Hardware:
                 int(entry["size"]),
                 " ".join((entry.get("model") or "").split()),
                 (entry.get("serial") or "").strip(),
-                entry.get("pttype") or entry.get("fstype") or ("partitions" if entry.get("children") else ""),
+                entry.get("pttype") or entry.get("fstype") or "",
+                [part.get("label") for part in entry.get("children", [])] == [SRV_LABEL],
             )
             for entry in json.loads(devices)["blockdevices"]
             if entry["type"] == "disk" and not entry["ro"] and not entry["rm"] and int(entry["size"])
         )
         return Hardware(found, int(given["memory_kib"]) / 2**20, given["firmware"] == "efi")
     except (ValueError, KeyError, TypeError) as error:
-        raise Refused(f"the report on its hardware cannot be read ({error!r}); boot it with this server's files") from None
+        raise Refused(
+            f"the report on its hardware cannot be read ({error!r}); boot it with this server's files"
+        ) from None
 
 
 def choose(
@@ -135,7 +139,8 @@ def choose(
         several = "disk fits" if len(fitting) == 1 else "disks fit"
         listed = "; ".join(f"{disk} {', '.join(verdicts[disk.name]) or 'fits'}" for disk in found.disks)
         raise Refused(
-            f"{len(fitting) or 'no'} {several} its class's rule, and {wanted} must: {listed or 'it has no disk at all'}; "
+            f"{len(fitting) or 'no'} {several} its class's rule, and {wanted} must: "
+            f"{listed or 'it has no disk at all'}; "
             "change install.disk in the site file, or the machine's disks"
         )
     for disk in fitting:
@@ -193,12 +198,22 @@ def layout(install: Install, disks: Sequence[Disk]) -> Layout:
     return Layout(tuple(commands), root, srv, root_source, srv_source, boot_disks, esps)
 
 
-def diskless_layout(disk: Disk, keep: bool) -> Layout:
-    """The one file system that a diskless machine keeps, over the whole disk; with `keep`, it is there already."""
-    device, source = partition(disk.name, 1), f"LABEL={SRV_LABEL}"
-    made = [] if keep else [*_emptied([disk.name]), _divided(disk.name, [f"type={LINUX}"]), "udevadm settle"]
-    made += [] if keep else [_srv(str(uuid.uuid4()), device)]
-    return Layout(tuple(made), None, device, "", source, (), ())
+def diskless(
+    install: Install, least_gib: float, found: Hardware, allowed: Sequence[dict[str, Any]], armed: bool
+) -> tuple[Layout, tuple[Disk, ...]]:
+    """The layout of a machine that runs from memory: /srv over a whole disk. One that has it already keeps it.
+
+    Raises Refused as `choose` does.
+    """
+    own = next((disk for disk in found.disks if disk.srv), None)
+    disks = (own,) if own and not armed else choose(install, least_gib, found, allowed, armed)
+    name = disks[0].name
+    device = partition(name, 1)
+    made: list[str] = []
+    if armed or not own:
+        divided = _divided(name, [f"type={LINUX}"])
+        made = [*_emptied([name]), divided, "udevadm settle", _srv(str(uuid.uuid4()), device)]
+    return Layout(tuple(made), None, device, "", f"LABEL={SRV_LABEL}", (), ()), disks
 
 
 def _emptied(names: Sequence[str]) -> list[str]:

@@ -36,7 +36,9 @@ def files(site: Site, node: Node, layout: Layout, authorized: str, sources: str)
         "etc/fstab": "".join(f"{line}\n" for line in fstab),
         "etc/apt/sources.list": sources.replace("https://", "http://") if site.lab else sources,
         # The name is the site's, whatever slot the card is in.
-        "etc/systemd/network/10-posthouse.link": f"[Match]\nMACAddress={node.mac}\n\n[Link]\nName={network.interface}\n",
+        "etc/systemd/network/10-posthouse.link": (
+            f"[Match]\nMACAddress={node.mac}\n\n[Link]\nName={network.interface}\n"
+        ),
         "etc/systemd/network/10-posthouse.network": (
             f"[Match]\nMACAddress={node.mac}\n\n[Network]\nAddress={node.address}/{network.cidr.prefixlen}\n"
             f"Gateway={network.gateway or network.controller}\nLinkLocalAddressing=no\nIPv6AcceptRA=no\n"

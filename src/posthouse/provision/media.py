@@ -51,6 +51,7 @@ class MediaError(PosthouseError):
 class Media:
     """What the machines of one class are installed from."""
 
+    tree: Path
     stream: Path
     kernel: Path
     initrd: Path
@@ -75,7 +76,7 @@ def make(site: Site, class_name: str) -> Media:
         if not kernel.exists():
             _initramfs(tree, initrd, kernel)
     _prune()
-    return Media(stream, kernel, initrd, json.loads(manifest.read_text()))
+    return Media(tree, stream, kernel, initrd, json.loads(manifest.read_text()))
 
 
 def _pack(tree: Path, stream: Path) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _pack(tree: Path, stream: Path) -> dict[str, Any]:
 def _initramfs(tree: Path, initrd: Path, kernel: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="posthouse-initramfs-") as work:
         partial = [file.with_name(file.name + ".partial") for file in (initrd, kernel)]
-        command = ["unshare", "--mount", "sh", "-c", _INITRAMFS, "make", tree, work, SCRIPTS, *partial]
+        command = ["unshare", "--mount", "sh", "-c", _INITRAMFS, "make", *map(str, (tree, work, SCRIPTS, *partial))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise MediaError(f"{tree.name}: its initramfs cannot be made: {done.stderr.strip()[-400:]}")

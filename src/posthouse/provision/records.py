@@ -3,8 +3,8 @@
     waiting → booting → checking → dividing → streaming → identity → boot loader → installed → reached
                            └ refused: why          any of them └ failed: why
 
-`waiting` is a node that never booted here. What a machine may do follows from its record alone: it is installed unless it
-was, or somebody armed it anew.
+`waiting` is a node that never booted here. What a machine may do follows from its record alone: it is installed
+unless it was, or somebody armed it anew.
 """
 
 from __future__ import annotations
@@ -69,10 +69,7 @@ class Record:
     def seconds(self) -> dict[str, float]:
         """How long each phase of the last installation took; the one it is in is not among them."""
         starts = [start for _, start in self.phases]
-        return {
-            name: round(end - start, 1)
-            for (name, start), end in zip(self.phases, starts[1:], strict=False)
-        }
+        return {name: round(end - start, 1) for (name, start), end in zip(self.phases, starts[1:], strict=False)}
 
 
 class Records:
