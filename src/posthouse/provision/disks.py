@@ -45,8 +45,8 @@ class Disk:
     srv: bool = False  # it is the disk of a diskless machine, set up before
 
     def __str__(self) -> str:
-        known = " ".join(part for part in (self.model, self.serial and f"serial {self.serial}") if part)
-        return f"{self.name} ({self.size / GIB:.1f} GiB{', ' + known if known else ''})"
+        known = [f"{self.size / GIB:.1f} GiB", self.model, self.serial and f"serial {self.serial}"]
+        return f"{self.name} ({', '.join(filter(None, known))})"
 
     def same(self, other: dict[str, Any]) -> bool:
         """Whether it is the disk of an earlier report; names change from boot to boot, these do not."""

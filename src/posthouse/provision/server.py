@@ -254,7 +254,7 @@ async def run(server: Server, addresses: str) -> tuple[web.AppRunner, web.AppRun
         (server.by_http(), site.provision.http_port, None),
         (server.by_https(), site.provision.https_port, context),
     ):
-        runner = web.AppRunner(app, access_log=None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
         await runner.setup()
         await web.TCPSite(runner, addresses, port, ssl_context=guard).start()
         runners.append(runner)
