@@ -86,6 +86,9 @@ finish() {
     fi
     mkdir -p -m 0700 /target/root/.ssh
     tell identity | tar -x -C /target || give_up "its identity cannot be written"
+    # Network and interface names come with the identity; the installer's own were for the installation.
+    : >/target/etc/network/interfaces
+    in-target update-initramfs -u || give_up "its initramfs cannot be made"
     tell installed --post-file=/target/etc/ssh/ssh_host_ed25519_key.pub >/dev/null ||
         give_up "the server did not take its host key"
 }
