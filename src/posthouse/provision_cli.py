@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -76,3 +77,14 @@ def reinstall(
         print(json.dumps({"node": node, "disks": disks, "armed": not check}))
     else:
         console.print(f"{sentence}{' (only a check: nothing changed)' if check else ''}", markup=False)
+
+
+@app.command()
+def render(
+    site: SiteName = "lab",
+    out: Annotated[Path, typer.Option(help="An empty or new folder.")] = Path("boot"),
+) -> None:
+    """Write every boot file that `serve` gives to machines into a folder, for reading, and for CI to validate."""
+    from posthouse.provision import write_files
+
+    console.print(f"wrote {write_files(load(site), out)} files below {out}")

@@ -13,11 +13,13 @@ import logging
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
-from posthouse import PosthouseError, secrets
-from posthouse.model import Site
-from posthouse.provision import dhcp, media, server
+from posthouse import PosthouseError, plan, secrets
+from posthouse.machines import SOURCES
+from posthouse.model import Node, Site
+from posthouse.provision import bootfiles, debian_installer, dhcp, media, server
 from posthouse.provision.disks import Disk
 from posthouse.provision.records import Record, Records
 
@@ -29,14 +31,14 @@ class ProvisionError(PosthouseError):
 
 
 def prepare(site: Site) -> dict[str, media.Media]:
-    """Makes what the site's machines are installed from: {class: media}.
+    """Makes what the site's machines are installed from: {class: media}. Classes with an installer have no media.
 
-    Raises ProvisionError, ImageError, MediaError.
+    Raises ProvisionError, ImageError, MediaError, InstallerError.
     """
-    nodes = [node for node in site.nodes.values() if node.mac]
-    if not nodes:
-        raise ProvisionError(f"{site.name}: no node has a MAC address; give its machines' in site.yml: nodes.NAME.mac")
-    return {name: media.make(site, name) for name in dict.fromkeys(node.klass for node in nodes)}
+    methods = {node.klass: site.classes[node.klass].install.method for node in _machines(site)}
+    if "preseed" in methods.values():
+        debian_installer.make()
+    return {name: media.make(site, name) for name, method in methods.items() if method not in SOURCES}
 
 
 def serve(site: Site, made: dict[str, media.Media]) -> None:
@@ -70,6 +72,17 @@ async def _serve(serving: server.Server) -> None:
             await runner.cleanup()
     if crashed:
         raise ProvisionError("dnsmasq ended; what it says stands above: is another DHCP server on this machine?")
+
+
+def write_files(site: Site, out: Path) -> int:
+    """Writes every boot file that `serve` gives to machines into a new or empty folder; returns how many.
+
+    Tokens read `bootfiles.TOKEN`, and key and CA are made for the occasion. Raises ProvisionError, SiteError.
+    """
+    plan.check_empty(out)
+    _machines(site)
+    files = bootfiles.files(site, secrets.placeholders(site)) | {"dnsmasq.conf": dhcp.config(site, Path("/FOLDER"))}
+    return plan.write_files(out, {name: {"content": text, "mode": "0644"} for name, text in files.items()})
 
 
 def status(site: Site) -> list[dict[str, Any]]:
@@ -115,6 +128,13 @@ def arm(site: Site, node: str) -> None:
     _machine(site, node)
     with Records(site).change(node) as record:
         record.armed = True
+
+
+def _machines(site: Site) -> list[Node]:
+    nodes = [node for node in site.nodes.values() if node.mac]
+    if not nodes:
+        raise ProvisionError(f"{site.name}: no node has a MAC address; give its machines' in site.yml: nodes.NAME.mac")
+    return nodes
 
 
 def _machine(site: Site, node: str) -> None:

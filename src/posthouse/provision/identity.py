@@ -20,20 +20,17 @@ menuentry Debian {{
 """
 
 
-def files(site: Site, node: Node, layout: Layout, authorized: str, sources: str) -> dict[str, tuple[str, int]]:
+def files(site: Site, node: Node, layout: Layout | None, authorized: str, sources: str) -> dict[str, tuple[str, int]]:
     """The files below the node's root: {path: (content, mode)}.
 
-    authorized: the public key that may log in as root. sources: the image's own sources.list.
+    layout: none where a distribution's installer divides the disks, and knows how they are mounted and started.
+    authorized: the public key that may log in as root. sources: the sources.list.
     """
     network = site.network
-    fstab = [f"{layout.root_source} / ext4 defaults,errors=remount-ro 0 1"] if layout.root else []
-    # Without its spool a node must not come up: it would write mail to the wrong disk.
-    fstab.append(f"{layout.srv_source} /srv ext4 defaults 0 2")
     made = {
         "etc/hostname": f"{node.name}\n",
         "etc/hosts": f"127.0.0.1 localhost\n::1 localhost\n{node.address} {node.fqdn} {node.name}\n",
         "etc/resolv.conf": "".join(f"nameserver {address}\n" for address in network.resolvers),
-        "etc/fstab": "".join(f"{line}\n" for line in fstab),
         "etc/apt/sources.list": sources.replace("https://", "http://") if site.lab else sources,
         # The name is the site's, whatever slot the card is in.
         "etc/systemd/network/10-posthouse.link": (
@@ -47,14 +44,23 @@ def files(site: Site, node: Node, layout: Layout, authorized: str, sources: str)
     if site.lab:
         proxy = f'Acquire::http::Proxy "http://{network.gateway or network.controller}:3142";\n'
         made["etc/apt/apt.conf.d/90posthouse-lab"] = proxy
-    if layout.root:
-        found = layout.root_source.removeprefix("UUID=")
-        search = f"search --no-floppy --fs-uuid --set=root {found}" if found != layout.root_source else ""
-        made["boot/grub/grub.cfg"] = _GRUB.format(search=search, root=layout.root_source)
+    made |= _disk_files(layout) if layout else {}
     return {
         **{path: (text, 0o644) for path, text in made.items()},
         "root/.ssh/authorized_keys": (authorized.strip() + "\n", 0o600),
     }
+
+
+def _disk_files(layout: Layout) -> dict[str, str]:
+    fstab = [f"{layout.root_source} / ext4 defaults,errors=remount-ro 0 1"] if layout.root else []
+    # Without its spool a node must not come up: it would write mail to the wrong disk.
+    fstab.append(f"{layout.srv_source} /srv ext4 defaults 0 2")
+    made = {"etc/fstab": "".join(f"{line}\n" for line in fstab)}
+    if layout.root:
+        found = layout.root_source.removeprefix("UUID=")
+        search = f"search --no-floppy --fs-uuid --set=root {found}" if found != layout.root_source else ""
+        made["boot/grub/grub.cfg"] = _GRUB.format(search=search, root=layout.root_source)
+    return made
 
 
 # Units that a machine needs from its first boot on and a container does not.

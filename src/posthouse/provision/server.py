@@ -1,6 +1,7 @@
 """The server that machines boot from: boot files and images by HTTP, and what concerns one machine by HTTPS.
 
 by HTTP    /boot.ipxe → /boot/MAC, /kernel/CLASS, /initrd/CLASS, /image/SHA256, /ca.pem
+           and for the distributions' installers /answers/FILE, /debian-installer/FILE
 by HTTPS   /node/NODE/{hardware,phase,identity,installed,failed}, under the token that the boot script carried
 
 What goes by HTTP is no secret; the image is checked by its digest, which comes by HTTPS. The boot script pins the CA.
@@ -10,21 +11,21 @@ The firmware's own part of the way (DHCP, TFTP, iPXE) is as trustworthy as the n
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import ssl
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import jinja2
 from aiohttp import web
 from netaddr import EUI, AddrFormatError, mac_unix_expanded
 
+from posthouse import image
 from posthouse import secrets as vault
+from posthouse.machines import SOURCES
 from posthouse.model import Node, Site
-from posthouse.provision import disks, identity
-from posthouse.provision.media import SCRIPTS, Media
+from posthouse.provision import bootfiles, debian_installer, disks, identity
+from posthouse.provision.media import Media
 from posthouse.provision.records import Records
 from posthouse.secrets import Secrets
 
@@ -35,16 +36,9 @@ PHASES = {
     "streaming the image": "streaming",
     "writing its identity": "identity",
     "installing the boot loader": "boot loader",
+    "running the installer": "installing",
 }
 _REPORT_BYTES = 1 << 18
-
-_templates = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(SCRIPTS.parent),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
 
 
 @dataclass
@@ -62,16 +56,6 @@ class Server:
         # Records wait for the disk; one thread of their own keeps the rest going.
         self.lock = asyncio.Lock()
 
-    @property
-    def plain(self) -> str:
-        """Where boot files are."""
-        return f"http://{self.site.network.controller}:{self.site.provision.http_port}"
-
-    @property
-    def trusted(self) -> str:
-        """Where machines report."""
-        return f"https://{self.site.network.controller}:{self.site.provision.https_port}"
-
     def by_http(self) -> web.Application:
         """The application for what is no secret."""
         app = web.Application()
@@ -80,6 +64,8 @@ class Server:
         app.router.add_get("/ca.pem", self.authority)
         app.router.add_get("/{kind:kernel|initrd}/{class}", self.environment)
         app.router.add_get("/image/{sha256}", self.image)
+        app.router.add_get("/answers/{file}", self.answers)
+        app.router.add_get("/debian-installer/{file}", self.debian_installer)
         return app
 
     def by_https(self) -> web.Application:
@@ -96,22 +82,22 @@ class Server:
 
     async def first(self, request: web.Request) -> web.Response:
         """The script for every machine: it asks for its own."""
-        return web.Response(text=f"#!ipxe\nchain {self.plain}/boot/${{netX/mac:hexhyp}} || exit\n")
+        return web.Response(text=bootfiles.first_script(self.site))
 
     async def boot(self, request: web.Request) -> web.Response:
         """A machine's own boot script: to install it, or to start it from its disk."""
         node = self._node(request.match_info["mac"])
         if not node:
             log.info("%s is no node's: it gets the menu", request.match_info["mac"])
-            return web.Response(text=self._render("menu.ipxe.j2", mac=request.match_info["mac"]))
+            return web.Response(text=bootfiles.menu_script(self.site, request.match_info["mac"]))
         method = self.site.classes[node.klass].install.method
         with self.records.change(node.name) as record:
             if record.installed and not record.armed and method != "diskless":
                 log.info("%s: starts from its disk", node.name)
-                return web.Response(text=self._render("local.ipxe.j2", node=node))
+                return web.Response(text=bootfiles.local_script(node))
             token = record.admit()
         log.info("%s: boots to be installed", node.name)
-        return web.Response(text=self._render("image.ipxe.j2", node=node, words=self._words(node, token)))
+        return web.Response(text=bootfiles.boot_script(self.site, node, self.secrets, token))
 
     async def authority(self, request: web.Request) -> web.Response:
         """The site's CA certificate; machines compare it with the digest in their boot script."""
@@ -130,6 +116,23 @@ class Server:
             if media.sha256 == request.match_info["sha256"]:
                 return web.FileResponse(media.stream, chunk_size=1 << 18)
         raise web.HTTPNotFound
+
+    async def answers(self, request: web.Request) -> web.Response:
+        """What the installer of a distribution would ask."""
+        file = request.match_info["file"]
+        # Node names have no dots, and firmwares no hyphens.
+        node = self.site.nodes.get(file.rpartition(".")[0].removesuffix("-efi").removesuffix("-pcbios"))
+        made = bootfiles.answers(self.site, node, self.secrets) if node else {}
+        if file not in made:
+            raise web.HTTPNotFound
+        return web.Response(text=made[file])
+
+    async def debian_installer(self, request: web.Request) -> web.StreamResponse:
+        """Kernel and initrd of Debian's installer."""
+        file = request.match_info["file"]
+        if file not in debian_installer.FILES:
+            raise web.HTTPNotFound
+        return web.FileResponse(debian_installer.FOLDER / file)
 
     # --- by HTTPS
 
@@ -169,12 +172,14 @@ class Server:
             record.begun, record.disks = True, [disk.record() for disk in chosen]
         self.layouts[node.name] = layout
         log.info("%s: to be written: %s", node.name, ", ".join(map(str, chosen)))
+        if install.method in SOURCES:
+            return web.Response(text=" ".join(layout.boot_disks))
         sha256 = self.media[node.klass].sha256
-        plan = self._render(
+        plan = bootfiles.render(
             "installer/plan.sh.j2",
             node=node,
             layout=layout,
-            image_url=f"{self.plain}/image/{sha256}",
+            image_url=f"{bootfiles.plain(self.site)}/image/{sha256}",
             image_sha256=sha256,
         )
         return web.Response(text=plan)
@@ -192,10 +197,15 @@ class Server:
     async def identity(self, request: web.Request) -> web.Response:
         """What makes the machine this node."""
         node: Node = request["node"]
-        layout = self.layouts.get(node.name)
-        if not layout:
-            raise web.HTTPConflict(text="the server was started anew meanwhile; boot the machine again")
-        sources = (self.media[node.klass].tree / "etc/apt/sources.list").read_text()
+        layout = None
+        if self.site.classes[node.klass].install.method in SOURCES:
+            mirror = await asyncio.to_thread(image.mirror)
+            sources = "".join(f"{line}\n" for line in mirror.sources)
+        else:
+            layout = self.layouts.get(node.name)
+            if not layout:
+                raise web.HTTPConflict(text="the server was started anew meanwhile; boot the machine again")
+            sources = (self.media[node.klass].tree / "etc/apt/sources.list").read_text()
         made = identity.files(self.site, node, layout, self.secrets.ssh["public"], sources)
         return web.Response(body=identity.stream(made))
 
@@ -225,24 +235,6 @@ class Server:
             return self.by_mac.get(str(EUI(mac, dialect=mac_unix_expanded)))
         except (AddrFormatError, ValueError):
             return None
-
-    def _words(self, node: Node, token: str) -> str:
-        """What the environment finds on its kernel's command line."""
-        network = self.site.network
-        words = {
-            "node": node.name,
-            "mac": node.mac,
-            "address": f"{node.address}/{network.cidr.prefixlen}",
-            "gateway": network.gateway or network.controller,
-            "plain": self.plain,
-            "server": self.trusted,
-            "ca": hashlib.sha256(self.secrets.ca_cert.encode()).hexdigest(),
-            "token": token,
-        }
-        return " ".join(f"posthouse.{key}={value}" for key, value in words.items())
-
-    def _render(self, name: str, **variables: object) -> str:
-        return _templates.get_template(name).render(server=self.plain, **variables)
 
 
 async def run(server: Server, addresses: str) -> tuple[web.AppRunner, web.AppRunner]:
