@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from posthouse import PosthouseError, __version__, account_cli, provision_cli
+from posthouse import PosthouseError, __version__, account_cli, probe_cli, provision_cli
 from posthouse.sitefile import load
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ app.add_typer(account_cli.app, name="account")
 app.add_typer(provision_cli.app, name="provision")
 app.add_typer(lab_app, name="lab")
 app.add_typer(bench_app, name="bench")
+app.add_typer(probe_cli.app, name="ledger")
+app.command()(probe_cli.probe)
 
 SiteName = Annotated[str, typer.Argument(metavar="SITE", help="A folder in inventory/.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, everything else on standard error.")]

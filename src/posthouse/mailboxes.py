@@ -7,6 +7,8 @@ import imaplib
 import re
 import socket
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jinja2
@@ -52,13 +54,23 @@ class Mailboxes:
 
     def make(self, address: str) -> None:
         """Makes an account's mailbox and its standard folders, unless they are there. Raises StoreError."""
-        # Cyrus does it at the first login. `proxy` may log in for anyone, also for those not yet in the directory.
+        # Cyrus does it at the first login.
+        with self.acting_for(address) as connection:
+            _expect(connection.status("INBOX", "(MESSAGES)"))
+
+    @contextmanager
+    def acting_for(self, address: str) -> Iterator[imaplib.IMAP4]:
+        """An IMAP session as an account has it, without its password. Raises StoreError, also for what fails within."""
+        # `proxy` may log in for anyone, also for those not yet in the directory.
         # A session is one account's for good: Cyrus takes UNAUTHENTICATE from its admins alone.
         try:
             connection = _Imap(self.store, self._tls)
-            connection.authenticate("PLAIN", lambda _: f"{address}\0proxy\0{self._passwords['store_proxy']}".encode())
-            _expect(connection.status("INBOX", "(MESSAGES)"))
-            connection.logout()
+            try:
+                token = f"{address}\0proxy\0{self._passwords['store_proxy']}".encode()
+                connection.authenticate("PLAIN", lambda _: token)
+                yield connection
+            finally:
+                _quietly(connection.logout)
         except (imaplib.IMAP4.error, OSError) as error:
             raise self._error("IMAP", error) from None
 

@@ -21,12 +21,20 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
-from clients import WORLD, Imap, Person, Platform, Smtp, World, closed_quietly, eventually, letter
 
 from posthouse import lab, run, sitefile
+from posthouse.probe.clients import WORLD, Imap, Person, Platform, Smtp, World, eventually, introduce, letter
 
 # Harmless first, disruptive last.
-ORDER = ["test_delivery", "test_refusals", "test_mailbox", "test_submission", "test_changes", "test_outages"]
+ORDER = [
+    "test_delivery",
+    "test_refusals",
+    "test_mailbox",
+    "test_submission",
+    "test_probe",
+    "test_changes",
+    "test_outages",
+]
 SITE = pytest.StashKey[Any]()
 
 
@@ -98,6 +106,10 @@ class Nodes:
         with ThreadPoolExecutor() as pool:
             return dict(zip(names, pool.map(lambda name: self.run(name, command), names), strict=True))
 
+    def serving(self, node: str) -> bool:
+        """Whether all that a node should do is up."""
+        return self.run(node, "systemctl is-system-running || true").strip() == "running"
+
     def waiting_for(self, address: str) -> list[str]:
         """Why mail for an address waits in a queue: one reason for each message."""
         lines = "".join(self.each("mx", "postqueue -j").values()).splitlines()
@@ -138,26 +150,15 @@ def nodes(site: Any) -> Nodes:
 @pytest.fixture(scope="session")
 def world(platform: Platform) -> Iterator[World]:
     """The outside world's mail server."""
-    server = World(platform.lookup(f"mx.{WORLD}"))
-    server.start()
-    yield server
-    server.stop()
+    with World(platform.lookup(f"mx.{WORLD}")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
-def friend(platform: Platform, nodes: Nodes) -> str:
+def friend(platform: Platform) -> str:
     """The outside address of a mail server that every node knows already, so that none makes it wait for the banner."""
     address = platform.outside(20)
-
-    def meet(_: int) -> None:
-        client = Smtp(platform, source=address)
-        client.noop()
-        closed_quietly(client)
-
-    # Connections at the same time are spread over all nodes.
-    count = 2 * len(nodes.of("mx"))
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(meet, range(count)))
+    introduce(platform, address)
     return address
 
 

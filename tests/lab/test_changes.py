@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
-from clients import Smtp, eventually, letter
-from ledger import Ledger, Stream, assert_all_there
 
 from posthouse import render, run, sitefile
+from posthouse.probe.clients import Smtp, eventually, letter
+from posthouse.probe.ledger import Ledger, Stream, assert_all_there
 
 SENDER = "stranger@example.net"
 PIDS = (

@@ -8,7 +8,8 @@ from email.message import EmailMessage
 from email.policy import SMTP
 
 import pytest
-from clients import Imap, Letter, Pop, Smtp, assert_intact, digest, eventually, header, letter
+
+from posthouse.probe.clients import Imap, Letter, Pop, Smtp, assert_intact, digest, eventually, header, letter
 
 SENDER = "stranger@example.net"
 

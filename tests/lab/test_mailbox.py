@@ -10,7 +10,8 @@ import time
 import uuid
 
 import pytest
-from clients import Imap, Person, Pop, Sieve, Smtp, eventually, header, letter
+
+from posthouse.probe.clients import Imap, Person, Pop, Sieve, Smtp, eventually, header, letter
 
 SENDER = "stranger@example.net"
 WRONG = "not-the-password"

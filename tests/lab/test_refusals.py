@@ -7,7 +7,8 @@ from email.message import EmailMessage
 from email.policy import SMTP
 
 import pytest
-from clients import Imap, Letter, Smtp, eventually, header, letter
+
+from posthouse.probe.clients import Imap, Letter, Smtp, eventually, header, letter
 
 SENDER = "stranger@example.net"
 # Assembled at run time, so that no scanner minds this file.

@@ -6,7 +6,8 @@ import smtplib
 
 import dkim
 import pytest
-from clients import Imap, Smtp, digest, eventually, header, letter
+
+from posthouse.probe.clients import Imap, Smtp, digest, eventually, header, letter
 
 WRONG = "not-the-password"
 

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import hashlib
 import imaplib
+import logging
 import poplib
 import re
 import smtplib
@@ -17,8 +18,10 @@ import ssl
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple, Self, TypeVar
 
 import dns.resolver
 from aiosmtpd.controller import Controller
@@ -29,8 +32,9 @@ from posthouse.model import Site
 
 Found = TypeVar("Found")
 WORLD = "example.net"  # the lab's strangers; see posthouse.zones
-# What delivery may put before a message, and what the filter may add to its header. All else must be as it was sent.
-TRACE = (b"return-path", b"received", b"x-sieve", b"x-cyrus-session-id")
+# What delivery and signing may put before a message, and what the filter may add to its header. All else must be as it
+# was sent.
+TRACE = (b"return-path", b"received", b"x-sieve", b"x-cyrus-session-id", b"dkim-signature")
 SCORES = (b"x-spam-score", b"x-spam-level")
 
 
@@ -106,8 +110,8 @@ class Smtp(smtplib.SMTP):
     ) -> Reply:
         """One message. Returns what decided it: the first refusal, else the answer to the message's end."""
         self.ehlo_or_helo_if_needed()
-        steps = [lambda: self.mail(sender, options)]
-        steps += [lambda to=to: self.rcpt(to) for to in ([recipients] if isinstance(recipients, str) else recipients)]
+        steps = [partial(self.mail, sender, options)]
+        steps += [partial(self.rcpt, to) for to in ([recipients] if isinstance(recipients, str) else recipients)]
         for step in steps:
             code, text = step()
             if code >= 300:
@@ -116,7 +120,8 @@ class Smtp(smtplib.SMTP):
         try:
             code, text = self.data(data)
         except smtplib.SMTPDataError as error:
-            code, text = error.smtp_code, error.smtp_error
+            answer = error.smtp_error
+            return Reply(error.smtp_code, answer if isinstance(answer, str) else answer.decode())
         return Reply(code, text.decode())
 
 
@@ -133,7 +138,7 @@ class Imap(imaplib.IMAP4_SSL):
 
     def messages(self, message_id: str | None = None, folder: str = "INBOX") -> list[bytes]:
         """All messages of a folder, or those with the Message-ID, as they are; none if there is no such folder."""
-        status, _ = self.select(f'"{folder}"', readonly=True)
+        status, _ = self.select(quoted(folder), readonly=True)
         if status != "OK":
             return []
         wanted = ("HEADER", "Message-ID", f'"{message_id}"') if message_id else ("ALL",)
@@ -145,7 +150,7 @@ class Imap(imaplib.IMAP4_SSL):
 
     def folders(self) -> list[str]:
         """Names of all folders."""
-        return [re.sub(r'^\(.*?\) "?.*?"? "?(.*?)"?$', r"\1", line.decode()) for line in self.list()[1] if line]
+        return folder_names(self.list()[1])
 
 
 class Pop(poplib.POP3_SSL):
@@ -188,16 +193,20 @@ class Sieve:
         self._command(f'PUTSCRIPT "{name}" {{{len(script.encode())}+}}\r\n{script}')
         self._command(f'SETACTIVE "{name}"')
 
+    def scripts(self) -> list[str]:
+        """The scripts there are, as the server lists them: `"NAME"`, and `"NAME" ACTIVE`."""
+        return self._command("LISTSCRIPTS")
+
     def close(self) -> None:
         """Takes leave."""
         self._command("LOGOUT")
         self._socket.close()
 
-    def _command(self, text: str) -> None:
+    def _command(self, text: str) -> list[str]:
         self._socket.sendall(f"{text}\r\n".encode())
-        self._answer()
+        return self._answer()
 
-    def _answer(self) -> None:
+    def _answer(self) -> list[str]:
         lines = []
         while line := self._file.readline():
             lines.append(line.decode().strip())
@@ -205,6 +214,7 @@ class Sieve:
                 break
         if not lines or not lines[-1].upper().startswith("OK"):
             raise ConnectionError(f"ManageSieve: {' / '.join(lines) or 'connection closed'}")
+        return lines[:-1]
 
 
 class Arrival(NamedTuple):
@@ -221,18 +231,59 @@ class World(Controller):
 
     def __init__(self, address: str) -> None:
         self.arrivals: list[Arrival] = []
+        logging.getLogger("mail.log").setLevel(logging.WARNING)  # it tells of every connection otherwise
         super().__init__(self, hostname=address, port=25, server_hostname=f"mx.{WORLD}")
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
         """Called by aiosmtpd for each message."""
         assert isinstance(envelope.content, bytes)
         sender, recipients = envelope.mail_from or "", list(envelope.rcpt_tos)
-        self.arrivals.append(Arrival(session.peer[0], sender, recipients, envelope.content))
+        client = session.peer[0] if session.peer else ""
+        self.arrivals.append(Arrival(client, sender, recipients, envelope.content))
         return "250 taken"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def to(self, recipient: str) -> list[Arrival]:
         """What came for an address so far."""
         return [arrival for arrival in self.arrivals if recipient in arrival.recipients]
+
+
+def quoted(name: str) -> str:
+    """A folder's name as IMAP takes it in a command."""
+    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def folder_names(lines: Iterable[object]) -> list[str]:
+    """The names, as IMAP encodes them, in the answer to LIST; those of folders that hold no messages are left out."""
+    names = []
+    for line in lines:
+        head, name = line if isinstance(line, tuple) else (line, None)  # a tuple: the name came as a literal
+        match = re.match(rb'\((.*?)\) (?:"(?:[^"\\]|\\.)*"|NIL) (.*)', head) if isinstance(head, bytes) else None
+        if match and not re.search(rb"\\(Noselect|NonExistent)", match[1], re.IGNORECASE):
+            quoted = match[2][1:-1] if match[2].startswith(b'"') else match[2]
+            names.append((name if name is not None else re.sub(rb"\\(.)", rb"\1", quoted)).decode())
+    return names
+
+
+def introduce(platform: Platform, address: str) -> None:
+    """Has every node meet a mail server of the outside world, so that none makes it wait for the banner afterwards."""
+
+    def meet(_: int) -> None:
+        client = Smtp(platform, source=address)
+        client.noop()
+        closed_quietly(client)
+
+    # Connections at the same time are spread over all nodes.
+    count = 2 * len(platform.site.groups["mx"])
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(meet, range(count)))
 
 
 def letter(sender: str, recipient: str, body: str = "Good day.", **headers: str) -> Letter:
@@ -262,15 +313,24 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data.partition(b"\r\n\r\n")[2]).hexdigest()
 
 
+def fingerprint(data: bytes) -> str:
+    """SHA-256 of a message below its trace headers: of all that its sender wrote, header and body."""
+    body = data.partition(b"\r\n\r\n")[2]
+    return hashlib.sha256(b"\r\n".join([*_written(data), b"", body])).hexdigest()
+
+
 def assert_intact(sent: bytes, got: bytes) -> None:
     """The message is as it was sent, byte for byte, but for trace lines before it and the filter's score."""
-    head, _, body = got.partition(b"\r\n\r\n")
-    fields = [field for field in _fields(head) if _name(field) not in SCORES]
+    assert _written(got) == _written(sent), (_written(got), _written(sent))
+    assert got.partition(b"\r\n\r\n")[2] == sent.partition(b"\r\n\r\n")[2]
+
+
+def _written(data: bytes) -> list[bytes]:
+    """The header fields that a message's sender wrote."""
+    fields = [field for field in _fields(data.partition(b"\r\n\r\n")[0]) if _name(field) not in SCORES]
     while fields and _name(fields[0]) in TRACE:
         fields.pop(0)
-    sent_head, _, sent_body = sent.partition(b"\r\n\r\n")
-    assert fields == _fields(sent_head), (fields, _fields(sent_head))
-    assert body == sent_body
+    return fields
 
 
 def _fields(head: bytes) -> list[bytes]:
@@ -292,7 +352,7 @@ def header(data: bytes, name: str) -> list[str]:
     ]
 
 
-def closed_quietly(client: Smtp) -> None:
+def closed_quietly(client: Smtp | Imap) -> None:
     """Takes leave of a server that may be gone already."""
-    with contextlib.suppress(OSError, smtplib.SMTPException):
-        client.quit()
+    with contextlib.suppress(OSError, smtplib.SMTPException, imaplib.IMAP4.error):
+        client.quit() if isinstance(client, Smtp) else client.logout()
