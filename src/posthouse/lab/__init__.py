@@ -88,6 +88,10 @@ def up(site: Site, secrets: Secrets, vms: Collection[str] = (), efi: bool = Fals
             log.info("%s: removed", gone)
         machines = {name for name in site.nodes if name in vms or machine.load(layout, name)}
         containers = [name for name in site.nodes if name not in machines]
+        for name in containers:
+            if "private" not in secrets.ssh["host_keys"][name]:  # it was a machine, which kept its key to itself
+                vault.forget_host_key(site, site.nodes[name])
+                secrets = vault.load(site)
         outcomes = dict(_each(functools.partial(_bring, layout, site, secrets, images), containers))
     if machines:
         provide(site)

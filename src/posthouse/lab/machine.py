@@ -42,6 +42,7 @@ def make(layout: Layout, name: str, machine: Machine) -> None:
         os.truncate(disk, int(gib * 2**30))
     if machine.efi:
         shutil.copyfile(OVMF / "OVMF_VARS_4M.fd", state / "vars.fd")
+    (state / "console").unlink(missing_ok=True)
     (state / "machine.json").write_text(json.dumps(asdict(machine), indent=1))
 
 
@@ -67,10 +68,11 @@ def power_on(layout: Layout, name: str, machine: Machine) -> None:
 def command(layout: Layout, name: str, machine: Machine, port: str) -> list[str]:
     """QEMU's command line. Emulated, for stock kernels hang under KVM in some virtual machines."""
     state = layout.node_state(name)
-    made = ["qemu-system-x86_64", "-name", name, "-machine", "q35", "-accel", "tcg,thread=multi"]
+    made = ["qemu-system-x86_64", "-name", name, "-machine", "q35,graphics=off", "-accel", "tcg,thread=multi"]
     # Emulated, cmpxchg16b kills guests now and then (seen with QEMU 7.2); without it they do as well.
     made += ["-cpu", "max,-cx16", "-smp", "2", "-m", str(machine.memory_mib)]
-    made += ["-display", "none", "-monitor", "none", "-no-reboot"]
+    # No screen, no CD: what the firmware says goes to the console file too.
+    made += ["-nodefaults", "-display", "none", "-no-reboot"]
     made += ["-chardev", f"file,id=console,path={state / 'console'},append=on", "-serial", "chardev:console"]
     made += ["-device", "virtio-rng-pci"]
     # UEFI firmware has a network boot of its own and does not look at the card's.

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from posthouse.model import Site
-from posthouse.provision.records import STATE
+from posthouse.provision import records
 
 # iPXE for firmware that brings none: BIOS, and UEFI (which then uses the firmware's own network driver).
 FIRST_STAGES = {"undionly.kpxe": Path("/usr/lib/ipxe/undionly.kpxe"), "snponly.efi": Path("/usr/lib/ipxe/snponly.efi")}
@@ -56,7 +56,7 @@ def config(site: Site, folder: Path) -> str:
 
 def prepare(site: Site) -> list[str]:
     """Writes what dnsmasq reads; returns its command, which stays in the foreground."""
-    folder = STATE / site.name / "dhcp"
+    folder = records.folder(site) / "dhcp"
     (folder / "tftp").mkdir(parents=True, exist_ok=True)
     for name, source in FIRST_STAGES.items():
         shutil.copyfile(source, folder / "tftp" / name)

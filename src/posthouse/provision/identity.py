@@ -14,7 +14,7 @@ _GRUB = """\
 set timeout=1
 {search}
 menuentry Debian {{
-    linux /vmlinuz root={root} ro console=tty0 console=ttyS0,115200
+    linux /vmlinuz root={root} ro quiet console=tty0 console=ttyS0,115200
     initrd /initrd.img
 }}
 """
@@ -53,8 +53,8 @@ def files(site: Site, node: Node, layout: Layout | None, authorized: str, source
 
 def _disk_files(layout: Layout) -> dict[str, str]:
     fstab = [f"{layout.root_source} / ext4 defaults,errors=remount-ro 0 1"] if layout.root else []
-    # Without its spool a node must not come up: it would write mail to the wrong disk.
-    fstab.append(f"{layout.srv_source} /srv ext4 defaults 0 2")
+    # Without its spool a node must not come up: it would write mail to the wrong disk. A large array takes its time.
+    fstab.append(f"{layout.srv_source} /srv ext4 defaults,x-systemd.device-timeout=15min 0 2")
     made = {"etc/fstab": "".join(f"{line}\n" for line in fstab)}
     if layout.root:
         found = layout.root_source.removeprefix("UUID=")

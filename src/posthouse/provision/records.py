@@ -24,6 +24,12 @@ from typing import Any
 from posthouse.model import Site
 
 STATE = Path("/var/lib/posthouse/provision")
+LABS = Path("/var/lib/posthouse/lab")
+
+
+def folder(site: Site) -> Path:
+    """Where a site's records are. Those of a lab go with the lab, for so do its disks."""
+    return LABS / site.name / "provision" if site.lab else STATE / site.name
 
 
 @dataclass
@@ -76,7 +82,7 @@ class Records:
     """All records of a site."""
 
     def __init__(self, site: Site) -> None:
-        self.folder = STATE / site.name
+        self.folder = folder(site)
         self._macs = {node.name: node.mac for node in site.nodes.values() if node.mac}
 
     def read(self, node: str) -> Record:
