@@ -12,8 +12,8 @@ from posthouse import demo, lab, run, sitefile
 from posthouse.apart import apart
 from posthouse.model import Site
 
-# In this order: what is quick and needs nothing first, what disturbs the lab last. True: needs a deployed lab. `vm` makes
-# a small lab of its own, once the other is down.
+# In this order: what is quick and needs nothing first, what disturbs the lab last. True: needs a deployed lab.
+# `vm` makes a small lab of its own, once the other is down.
 SUITES = {"unit": False, "cases": False, "render": False, "verify": True, "modules": True, "lab": True, "vm": False}
 SITE = "lab"
 
