@@ -39,8 +39,16 @@ def test_the_disk_that_fits_is_taken(rule, found, names):
 @pytest.mark.parametrize(
     ("rule", "found", "reason"),
     [
-        ({}, [SSD, TWIN], "2 disks fit its class's rule, and 1 must: nvme0n1 (200.0 GiB, SAMSUNG MZ7, serial S1) fits;"),
-        ({}, [SMALL], "no disks fit its class's rule, and 1 must: sda (4.0 GiB, Flash Drive, serial F1) is smaller than"),
+        (
+            {},
+            [SSD, TWIN],
+            "2 disks fit its class's rule, and 1 must: nvme0n1 (200.0 GiB, SAMSUNG MZ7, serial S1) fits;",
+        ),
+        (
+            {},
+            [SMALL],
+            "no disks fit its class's rule, and 1 must: sda (4.0 GiB, Flash Drive, serial F1) is smaller than",
+        ),
         ({}, [], "it has no disk at all"),
         ({"mirror": True}, [SSD], "1 disk fits its class's rule, and 2 must"),
         ({"disk": {"max_gib": 100}}, [SSD], "is larger than 100 GiB"),
