@@ -125,6 +125,7 @@ class Server:
         made = bootfiles.answers(self.site, node, self.secrets) if node else {}
         if file not in made:
             raise web.HTTPNotFound
+        log.info("%s: its installer has %s", node.name if node else "", file)
         return web.Response(text=made[file])
 
     async def debian_installer(self, request: web.Request) -> web.StreamResponse:

@@ -37,15 +37,16 @@ disks() {
         name=${block##*/}
         case $name in sr* | fd* | mtd*) continue ;; esac
         found=$(udevadm info --query=property --name="/dev/$name")
-        property() { echo "$found" | sed -n "s/^$1=//p" | tr -d '"\\'; }
-        model=$(printf '%b' "$(echo "$found" | sed -n 's/^ID_MODEL_ENC=//p')" | tr -d '"\\')
+        # udev writes a blank as \x20; whatever else JSON would stumble over is left out.
+        property() { printf '%s\n' "$found" | sed -n "s/^$1=//p" | sed 's/\\x20/ /g' | tr -d '"\\'; }
+        model=$(property ID_MODEL_ENC)
         serial=$(property ID_SCSI_SERIAL)
         serial=${serial:-$(property ID_SERIAL_SHORT)}
         serial=${serial:-$(cat "$block/serial" 2>/dev/null)}
         holds=$(property ID_PART_TABLE_TYPE)
         holds=${holds:-$(property ID_FS_TYPE)}
-        writable=false
-        [ "$(cat "$block/ro")" = 0 ] || writable=true
+        protected=false
+        [ "$(cat "$block/ro")" = 0 ] || protected=true
         removable=false
         [ "$(cat "$block/removable")" = 0 ] || removable=true
         echo "$comma"'{"name": "'"$name"'", "type": "disk", "size": '$(($(cat "$block/size") * 512))',
