@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class Engines:
             path = playbook.get(engine, roles.ROOT / "playbooks" / "deploy.yml")
             command = [run.BIN / "ansible-playbook", path]
             if engine != "posthouse":
-                # The stock output names each task; its recap is what tells whether anything changed.
+                # The stock output names each task, and so what was changed.
                 environment |= {"ANSIBLE_STDOUT_CALLBACK": "ansible.builtin.default"}
                 command += ["--extra-vars", json.dumps({"prefix": prefix})] + (["--tags", "files"] if prefix else [])
             if engine == "mitogen":
@@ -138,9 +139,17 @@ class Engines:
             return "\n".join(line for line in (done.stdout + done.stderr).splitlines() if "Success" in line)
         if engine == "posthouse":
             return "".join(line for line in done.stdout.splitlines() if " changed " in line)
-        return "".join(
-            f"{host} {count} " for host, count in re.findall(r"(\S+)\s+: ok=\d+\s+changed=([1-9]\d*)", done.stdout)
-        )
+        return "; ".join(_changes(done.stdout))
+
+
+def _changes(output: str) -> Iterator[str]:
+    """What Ansible's own output says was changed: "mail1: the task's name"."""
+    task = ""
+    for line in output.splitlines():
+        if heading := re.match(r"TASK \[(.*)\]", line):
+            task = heading[1]
+        elif host := re.match(r"changed: \[([^]]+)\]", line):
+            yield f"{host[1]}: {task}"
 
 
 def stock(site: Site, generations: dict[str, Any], work: Path) -> list[Variables]:

@@ -149,7 +149,7 @@ def test_provider_lost(platform, nodes, friend, people, world, site, posthouse):
     assert any(f"mailLocalAddress: {new}" in entry for entry in entries(lost))
     # A node that was just delivering to the lost store waits for its answer for a minute.
     nodes.flush(people.alice.address, seconds=150)
-    assert_all_there(ledger, platform, nodes, everybody, world)
+    assert_all_there(ledger, platform, nodes, everybody, world, power_cut=True)
 
 
 def test_balancer_lost(platform, nodes, friend, people, site):
@@ -195,4 +195,4 @@ def test_soak(platform, nodes, friend, people, world, site):
                 before = stream.taken
                 eventually(lambda b=before: stream.taken > b + 20, 60, "mail flowing again")
     nodes.flush(*[person.address for person in everybody], seconds=300)
-    assert_all_there(ledger, platform, nodes, everybody, world)
+    assert_all_there(ledger, platform, nodes, everybody, world, power_cut=True)
