@@ -33,6 +33,7 @@ def server(sound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve
     for module in (sitefile, secrets):
         monkeypatch.setattr(module, "INVENTORY", tmp_path)
     monkeypatch.setattr(records, "STATE", tmp_path / "state")
+    monkeypatch.setattr(records, "LABS", tmp_path / "labs")
     monkeypatch.delenv("ANSIBLE_VAULT_PASSWORD_FILE", raising=False)
     text = sound.replace("lb[1:2]: {class: lb}", f'lb1: {{class: lb, mac: "{MAC}"}}')
     text += 'classes: {lb: {install: {method: preseed, source: "http://mirror.lab.test/debian"}}}\n'
