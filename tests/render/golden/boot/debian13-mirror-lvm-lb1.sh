@@ -50,7 +50,7 @@ disks() {
         removable=false
         [ "$(cat "$block/removable")" = 0 ] || removable=true
         echo "$comma"'{"name": "'"$name"'", "type": "disk", "size": '$(($(cat "$block/size") * 512))',
-            "model": "'"$model"'", "serial": "'"$serial"'", "pttype": "'"$holds"'", "ro": '$writable', "rm": '$removable'}'
+            "model": "'"$model"'", "serial": "'"$serial"'", "pttype": "'"$holds"'", "ro": '$protected', "rm": '$removable'}'
         comma=,
     done
     echo ']}'
