@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from posthouse import PosthouseError, __version__, account_cli, backup_cli, drift_cli, failover_cli, node_cli, probe_cli
+from posthouse import PosthouseError, __version__, account_cli, backup_cli, drift_cli, failover_cli, node_cli, probe_cli, provision_cli
 from posthouse.sitefile import load
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.add_typer(account_cli.app, name="account")
 failover_cli.add(app)
 app.add_typer(backup_cli.app, name="backup")
 app.add_typer(backup_cli.restore_app, name="restore")
+app.add_typer(provision_cli.app, name="provision")
 app.add_typer(lab_app, name="lab")
 app.add_typer(bench_app, name="bench")
 app.add_typer(probe_cli.app, name="ledger")
@@ -228,13 +229,25 @@ def verify(site: SiteName = "lab", tier: Tier = None, as_json: Json = False) -> 
 
 
 @lab_app.command("up")
-def lab_up(site: SiteName = "lab") -> None:
-    """Build the images if needed and start all nodes of a site; what runs already stays."""
+def lab_up(
+    site: SiteName = "lab",
+    vm: Annotated[
+        list[str] | None, typer.Option("--vm", metavar="NODE", help="Run this node as a QEMU machine (repeatable).")
+    ] = None,
+    uefi: Annotated[bool, typer.Option("--uefi", help="New machines have UEFI firmware, not BIOS.")] = False,
+) -> None:
+    """Build the images if needed and start all nodes of a site; what runs already stays.
+
+    A QEMU machine has a blank disk at first and is installed from the network, as a real one is.
+    """
     from posthouse import lab, secrets
+    from posthouse.lab import requirements
 
     loaded = load(site)
     lab.ensure_requirements()
-    lab.up(loaded, secrets.ensure(loaded))
+    if vm:
+        requirements.ensure(requirements.MACHINES)
+    lab.up(loaded, secrets.ensure(loaded), vm or (), uefi)
     progress.print(f"{site} is up; next: posthouse deploy {site}")
 
 

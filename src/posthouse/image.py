@@ -2,7 +2,8 @@
 
 A tree is cached under `IMAGES/CLASS-DIGEST`; the digest covers everything that goes in, so an image is never rebuilt
 for a change that does not concern it. Nothing in an image belongs to one node: no host keys, no machine-id, no names.
-Its daemons are installed and not enabled; a node's converge starts them.
+Its daemons are installed and not enabled; a node's converge starts them. The same image with a kernel and a boot
+loader in it, `metal`, is what machines are installed from.
 """
 
 from __future__ import annotations
@@ -47,6 +48,21 @@ BASE = (
     "vim-tiny",
 )
 
+# What a machine needs on top: a boot loader for either firmware, and what makes and mends its disks.
+METAL = (
+    "dosfstools",
+    "e2fsprogs",
+    "fdisk",
+    "grub-efi-amd64-bin",
+    "grub-pc-bin",
+    "grub2-common",
+    "initramfs-tools",
+    "kmod",
+    "lvm2",
+    "mdadm",
+    "zstd",
+)
+
 # Enabled from the first boot; `disable *` keeps everything else down until the node's converge enables it.
 PRESET = """\
 enable ssh.service
@@ -75,15 +91,19 @@ class Mirror:
     options: tuple[str, ...]
 
 
-def packages(site: Site, class_name: str) -> list[str]:
-    """Every package of an image: the base and what the tiers of the class name, sorted."""
+def packages(site: Site, class_name: str, metal: bool = False) -> list[str]:
+    """Every package of an image: the base and what the tiers of the class name, sorted; for metal a kernel and more.
+
+    A site of the lab runs on QEMU, for which Debian's cloud kernel has all drivers; it is a third of the other's size.
+    """
     tiers = next((node.tiers for node in site.nodes.values() if node.klass == class_name), ())
-    return sorted({*BASE, *roles.packages(tiers)})
+    kernel = "linux-image-cloud-amd64" if site.lab else "linux-image-amd64"
+    return sorted({*BASE, *roles.packages(tiers), *((*METAL, kernel) if metal else ())})
 
 
-def path(site: Site, class_name: str) -> Path:
+def path(site: Site, class_name: str, metal: bool = False) -> Path:
     """Where the image of a class is, or will be once it is built."""
-    made_from = json.dumps([RECIPE, SUITE, packages(site, class_name), PRESET, DPKG])
+    made_from = json.dumps([RECIPE, SUITE, packages(site, class_name, metal), PRESET, DPKG])
     return IMAGES / f"{class_name}-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}"
 
 
@@ -94,24 +114,24 @@ def build_all(site: Site) -> dict[str, Path]:
         return dict(zip(classes, pool.map(lambda name: build(site, name), classes), strict=True))
 
 
-def build(site: Site, class_name: str) -> Path:
+def build(site: Site, class_name: str, metal: bool = False) -> Path:
     """The tree of a class, built if it is not there yet. Raises ImageError.
 
     Builds of one image wait for each other. A build that dies, or whose caller is killed, leaves only a
     `.partial` tree, which the next one removes.
     """
-    tree = path(site, class_name)
+    tree = path(site, class_name, metal)
     if tree.exists():
         os.utime(tree)  # it is in use: `_prune` lets it be
         return tree
     for folder in (IMAGES, DEBS):
         folder.mkdir(parents=True, exist_ok=True)
-    with _locked(tree.with_name(tree.name + ".lock")):
+    with locked(tree.with_name(tree.name + ".lock")):
         if tree.exists():
             return tree
         partial = tree.with_name(tree.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        _bootstrap(partial, packages(site, class_name), tree.with_name(tree.name + ".log"))
+        _bootstrap(partial, packages(site, class_name, metal), tree.with_name(tree.name + ".log"))
         _keep_downloads(partial)
         _strip(partial)
         partial.rename(tree)
@@ -242,7 +262,8 @@ def _prune(tree: Path, class_name: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
+def locked(file: Path) -> Iterator[None]:
+    """Holds a lock file: whoever makes something under its name waits for whoever does so already."""
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

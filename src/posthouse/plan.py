@@ -210,8 +210,7 @@ def write_tree(site: Site, out: Path, with_secrets: bool) -> int:
     `out` must be new or empty. Without `with_secrets`, passwords read `placeholder-NAME`, and the keys and certificates
     are made for the occasion. Modes are as on the nodes, owners are not. Raises SiteError, RenderError, SecretsError.
     """
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise SiteError(out, ["is not an empty folder; name one that is empty, or that does not exist"])
+    check_empty(out)
     opened = secrets.ensure(site) if with_secrets else secrets.placeholders(site)
     shared = render.shared_variables(site)
     files: dict[str, dict[str, str]] = {}
@@ -221,6 +220,17 @@ def write_tree(site: Site, out: Path, with_secrets: bool) -> int:
         files |= {f"{node.name}{path}": file for path, file in generation["files"].items()}
     for name, text in zones.zones(site, opened.dkim).items():
         files[f"zones/{'root' if name == '.' else name}.zone"] = {"content": text, "mode": "0644"}
+    return write_files(out, files)
+
+
+def check_empty(out: Path) -> None:
+    """Raises SiteError unless `out` is a new or empty folder."""
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise SiteError(out, ["is not an empty folder; name one that is empty, or that does not exist"])
+
+
+def write_files(out: Path, files: dict[str, dict[str, str]]) -> int:
+    """Writes {path: {"content", "mode"} or {"link"}} below an empty folder, all or nothing; returns how many."""
     try:
         for path, file in files.items():
             _write(out / path, file)

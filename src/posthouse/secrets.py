@@ -24,6 +24,7 @@ import yaml
 from ansible.errors import AnsibleError
 from ansible.parsing.vault import VaultLib, VaultSecret
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -61,7 +62,10 @@ class Secrets:
 
     @property
     def ssh(self) -> dict[str, Any]:
-        """{"private", "public", "host_keys": {node: {"private", "public"}}}, all in OpenSSH's formats."""
+        """{"private", "public", "host_keys": {node: {"private", "public"}}}, all in OpenSSH's formats.
+
+        The private key of a machine that was installed by `provision` is on that machine only.
+        """
         return dict(self.data["ssh"])
 
     @cached_property
@@ -77,6 +81,11 @@ class Secrets:
             }
             for domain, entry in self.data["dkim"].items()
         ]
+
+    def for_address(self, address: str) -> tuple[str, str]:
+        """A certificate of the site's CA for an address, and its key, both PEM: for a server that runs for a while."""
+        key, certificate = _signed(self.data["ca"], address, [x509.IPAddress(ipaddress.ip_address(address))], 825)
+        return certificate, key
 
     def for_node(self, node: Node) -> dict[str, Any]:
         """The template variables `secrets`, `tls` and `dkim` of a node: what its tiers declare and nothing more.
@@ -138,11 +147,42 @@ def ensure(site: Site) -> Secrets:
             if data != before:
                 if not password_file.exists() and "ANSIBLE_VAULT_PASSWORD_FILE" not in os.environ:
                     _write(password_file, random.token_urlsafe(32) + "\n")
-                text = yaml.dump(data, Dumper=yaml.CSafeDumper)
-                _write(path, _vault(password_file).encrypt(text).decode())
+                _save(path, password_file, data)
     except OSError as error:
         raise SecretsError(f"{error.filename}: {error.strerror}; the secrets stay as they were") from None
     return Secrets(data)
+
+
+def note_host_key(site: Site, node: Node, public: str) -> None:
+    """Keeps the host key that a machine made for itself and reported; from now on ssh to it accepts this one only.
+
+    Raises SecretsError if it is none.
+    """
+    words = public.split()
+    try:
+        serialization.load_ssh_public_key(" ".join(words[:2]).encode())
+    except (ValueError, UnsupportedAlgorithm):
+        raise SecretsError(f"{node.name}: what it reported is no host key") from None
+    _change_host_key(site, node, {"public": f"{words[0]} {words[1]} {node.fqdn}"})
+
+
+def forget_host_key(site: Site, node: Node) -> None:
+    """Forgets the host key of a machine that is to be made anew; a container of that name is given a pair of keys."""
+    _change_host_key(site, node, _ssh_key(node.fqdn))
+
+
+def _change_host_key(site: Site, node: Node, entry: dict[str, str]) -> None:
+    ensure(site)
+    path, password_file = files(site)
+    with _locked(path.parent):
+        data = load(site).data
+        if data["ssh"]["host_keys"].get(node.name) != entry:
+            data["ssh"]["host_keys"][node.name] = entry
+            _save(path, password_file, data)
+
+
+def _save(path: Path, password_file: Path, data: dict[str, Any]) -> None:
+    _write(path, _vault(password_file).encrypt(yaml.dump(data, Dumper=yaml.CSafeDumper)).decode())
 
 
 def placeholders(site: Site) -> Secrets:
@@ -269,14 +309,20 @@ def _authority(site: Site) -> dict[str, str]:
 
 
 def _certificate(site: Site, ca: dict[str, str], node: Node, names: list[str]) -> dict[str, str]:
+    identifiers = [*map(x509.DNSName, names), x509.IPAddress(ipaddress.ip_address(node.address))]
+    key, certificate = _signed(ca, node.fqdn, identifiers, site.tls.certificate_days)
+    return {"key": key, "cert": certificate}
+
+
+def _signed(ca: dict[str, str], subject: str, identifiers: list[x509.GeneralName], days: int) -> tuple[str, str]:
+    """A new key, and the CA's certificate for it: both PEM."""
     authority = x509.load_pem_x509_certificate(ca["cert"].encode())
     ca_key = serialization.load_pem_private_key(ca["key"].encode(), None)
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP256R1())
-    identifiers = [*map(x509.DNSName, names), x509.IPAddress(ipaddress.ip_address(node.address))]
     usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     certificate = (
-        _builder(node.fqdn, key.public_key(), site.tls.certificate_days)
+        _builder(subject, key.public_key(), days)
         .issuer_name(authority.subject)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
@@ -284,7 +330,7 @@ def _certificate(site: Site, ca: dict[str, str], node: Node, names: list[str]) -
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         .sign(ca_key, hashes.SHA256())
     )
-    return {"key": _pem(key), "cert": certificate.public_bytes(serialization.Encoding.PEM).decode()}
+    return _pem(key), certificate.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def _ssh_key(comment: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The lab: a site's nodes as containers on this machine, in network namespaces of their own.
+"""The lab: a site's nodes as containers on this machine, in network namespaces of their own; some as QEMU machines.
 
     lab.ensure_requirements()           installs what the controller lacks
     lab.up(site, secrets)               images built, all nodes running, sshd answering on each
@@ -10,6 +10,7 @@
     lab.enter(name)                     this process now sees the lab's network, as the site's controller
     lab.command(name, node)             what to put before a command to run it on a node, without ssh
     lab.refresh(site, secrets)          DNS as the site says now
+    lab.provide(site)                   the server that machines boot from; lab.power_on(site, node) boots one
 
 Each may be killed at any moment; running it again, or `down`, puts things right.
 """
@@ -23,17 +24,21 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from posthouse import image
-from posthouse.lab import dns, network, processes, updates
+from posthouse import contact, image
+from posthouse import secrets as vault
+from posthouse.lab import dns, machine, network, processes, updates
 from posthouse.lab import node as nodes
 from posthouse.lab.layout import RUNTIME, LabError, Layout, run
 from posthouse.lab.requirements import ensure as ensure_requirements
 from posthouse.model import Site
+from posthouse.provision.records import Records
 from posthouse.secrets import Secrets
 
 __all__ = [
@@ -44,6 +49,8 @@ __all__ = [
     "ensure_requirements",
     "enter",
     "kill",
+    "power_on",
+    "provide",
     "refresh",
     "shell",
     "start",
@@ -55,14 +62,18 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
+LEAST_MEMORY_GIB = 1.5  # of a machine that carries every mail tier
+# Emulated, a machine is installed in a minute or two; ten are for one that shares its processors with much else.
+INSTALL_SECONDS = 600
 BOOT_SECONDS = 90  # a node boots in two; a machine busy with other things takes its time
 
 
-def up(site: Site, secrets: Secrets) -> dict[str, str]:
-    """Makes the lab what the site says: {node: "kept", "started" or "made"}. Raises LabError, ImageError.
+def up(site: Site, secrets: Secrets, vms: Collection[str] = (), efi: bool = False) -> dict[str, str]:
+    """Makes the lab what the site says: {node: "kept", "started" or "made"}. Raises LabError, ImageError, ContactError.
 
     Nodes that run stay as they are, those that died are started with what they kept, those that the site does not name
-    any more go. Returns when sshd answers on each.
+    any more go. Returns when sshd answers on each. The nodes of `vms`, and those that were machines before, are QEMU
+    machines: a new one has a blank disk and is installed from the network, by UEFI if `efi`.
     """
     if not site.lab:
         raise LabError(f"{site.name}: not a site of the lab; give it a `lab:` section, as inventory/lab/site.yml has")
@@ -79,7 +90,51 @@ def up(site: Site, secrets: Secrets) -> dict[str, str]:
             nodes.stop(layout, gone)
             shutil.rmtree(layout.node_state(gone))
             log.info("%s: removed", gone)
-        return dict(_each(functools.partial(_bring, layout, site, secrets, images), site.nodes))
+        machines = {name for name in site.nodes if name in vms or machine.load(layout, name)}
+        containers = [name for name in site.nodes if name not in machines]
+        for name in containers:
+            if "private" not in secrets.ssh["host_keys"][name]:  # it was a machine, which kept its key to itself
+                vault.forget_host_key(site, site.nodes[name])
+                secrets = vault.load(site)
+        outcomes = dict(_each(functools.partial(_bring, layout, site, secrets, images), containers))
+    if machines:
+        provide(site)
+        outcomes |= dict(_each(functools.partial(_bring_machine, layout, site, efi), sorted(machines)))
+    return outcomes
+
+
+def provide(site: Site) -> None:
+    """Starts `posthouse provision serve` in the lab, unless it runs, and waits until it answers. Raises LabError."""
+    layout = Layout(site.name)
+    group = layout.services / "provision"
+    file = layout.state / "provision.log"
+    if not processes.running(group):
+        processes.end(group)
+        processes.spawn(group, [sys.executable, "-m", "posthouse", "provision", "serve", site.name], file)
+    port = site.provision.https_port
+    complaint = f"{site.name}: provision serve does not answer; {file} says why"
+    processes.until(
+        lambda: not processes.running(group) or network.answers(layout, str(site.network.controller), port),
+        600,
+        complaint,
+    )
+    if not processes.running(group):
+        raise LabError(complaint)
+
+
+def power_on(site: Site, name: str, hardware: machine.Machine | None = None) -> None:
+    """Switches a machine of the lab on, a new one with blank disks if its `hardware` is given. Returns at once."""
+    layout = Layout(site.name)
+    with _locked(layout):
+        if hardware:
+            nodes.stop(layout, name)
+            machine.make(layout, name, hardware)
+            nodes.note(layout, _wired(site, name))
+        found = machine.load(layout, name)
+        if not found:
+            raise LabError(f"{name}: no machine of the lab {site.name}; make one with: posthouse lab up --vm {name}")
+        nodes.stop(layout, name)
+        machine.power_on(layout, name, found)
 
 
 def add(site: Site, secrets: Secrets, name: str) -> str:
@@ -132,15 +187,15 @@ def down(name: str) -> None:
 
 
 def status(name: str) -> list[dict[str, Any]]:
-    """The nodes of a lab: [{"name", "address", "state": running|stopped, "pid": of its systemd or None, "image"}]."""
+    """The nodes of a lab: [{"name", "address", "state": running|stopped, "pid": of its systemd, or None, "image"}]."""
     layout = Layout(name)
     return [
         {
             "name": node,
             "address": nodes.load(layout, node).address,
             "state": "running" if nodes.healthy(layout, node) else "stopped",
-            "pid": processes.leader(layout.node_cgroup(node)),
-            "image": (layout.node_state(node) / "image").readlink().name,
+            "pid": processes.leader(layout.node_cgroup(node)) or next(processes.pids(layout.node_cgroup(node)), None),
+            "image": "its disk" if machine.load(layout, node) else (layout.node_state(node) / "image").readlink().name,
         }
         for node in layout.nodes
     ]
@@ -161,12 +216,21 @@ def start(name: str, node: str) -> None:
     layout = Layout(name)
     with _locked(layout):
         loaded = nodes.load(layout, node)
-        if not nodes.healthy(layout, node):
+        if nodes.healthy(layout, node):
+            return
+        found = machine.load(layout, node)
+        if found:
+            nodes.stop(layout, node)
+            machine.power_on(layout, node, found)
+        else:
             _boot(layout, loaded)
 
 
 def shell(name: str, node: str) -> int:
-    """A root shell on a node, also where its sshd is dead. Returns the shell's exit status."""
+    """A root shell on a node; in a container also where its sshd is dead. Returns the shell's exit status."""
+    if machine.load(Layout(name), node):
+        enter(name)
+        return subprocess.run(["ssh", "-F", RUNTIME / name / "ssh" / "config", node], check=False).returncode
     return subprocess.run([*command(name, node), "bash", "--login"], check=False).returncode
 
 
@@ -174,6 +238,8 @@ def command(name: str, node: str) -> list[str]:
     """What to put before a command to run it on a node as root, without ssh. Raises LabError if it does not run."""
     layout = Layout(name)
     leader = processes.leader(layout.node_cgroup(nodes.load(layout, node).name))
+    if not leader and machine.load(layout, node):
+        raise LabError(f"{name}: {node} is a machine, which can be reached by ssh alone: posthouse lab shell {node}")
     if not leader:
         raise LabError(f"{name}: {node} does not run; start it with: posthouse lab up {name}")
     clean = [
@@ -211,14 +277,7 @@ def _hub(layout: Layout, site: Site, secrets: Secrets) -> None:
 
 def _bring(layout: Layout, site: Site, secrets: Secrets, images: dict[str, Path], name: str) -> tuple[str, str]:
     """Brings one node up: (its name, what had to be done)."""
-    node = nodes.Node(
-        name=name,
-        fqdn=site.nodes[name].fqdn,
-        address=site.nodes[name].address,
-        prefixlen=site.network.cidr.prefixlen,
-        gateway=str(site.network.gateway or site.network.controller),
-        interface=site.network.interface,
-    )
+    node = _wired(site, name)
     keys = nodes.Keys(authorized=secrets.ssh["public"], **secrets.ssh["host_keys"][name])
     if name not in layout.nodes:
         nodes.stop(layout, name)
@@ -236,6 +295,51 @@ def _bring(layout: Layout, site: Site, secrets: Secrets, images: dict[str, Path]
     _boot(layout, node)
     log.info("%s: up", name)
     return name, outcome
+
+
+def _wired(site: Site, name: str) -> nodes.Node:
+    return nodes.Node(
+        name=name,
+        fqdn=site.nodes[name].fqdn,
+        address=site.nodes[name].address,
+        prefixlen=site.network.cidr.prefixlen,
+        gateway=str(site.network.gateway or site.network.controller),
+        interface=site.network.interface,
+    )
+
+
+def _bring_machine(layout: Layout, site: Site, efi: bool, name: str) -> tuple[str, str]:
+    """Brings one machine up, installed if it is a new one: (its name, what had to be done)."""
+    node = site.nodes[name]
+    outcome = "kept"
+    if not nodes.healthy(layout, name):
+        known = machine.load(layout, name)
+        outcome = "started" if known else "made"
+        power_on(site, name, None if known else hardware(site, name, efi))
+    deadline = time.monotonic() + INSTALL_SECONDS
+    records = Records(site)
+    while not (record := records.read(name)).installed:
+        if record.reason or time.monotonic() > deadline or not nodes.healthy(layout, name):
+            reason = record.reason or f"it went no further than: {record.phase}"
+            raise LabError(f"{name}: {reason}\n  its console: {layout.node_state(name) / 'console'}")
+        time.sleep(1)
+    with network.inside(layout.namespace):
+        contact.wait(node, vault.load(site), INSTALL_SECONDS)
+    with records.change(name) as record:
+        record.enter("reached")
+    log.info("%s: up", name)
+    return name, outcome
+
+
+def hardware(site: Site, name: str, efi: bool = False) -> machine.Machine:
+    """A machine that fits a node's class. Raises LabError if the site has no MAC address for it."""
+    node = site.nodes[name]
+    if not node.mac:
+        raise LabError(f"{name}: a machine needs a MAC address; give it one in site.yml: nodes.{name}.mac")
+    install = site.classes[node.klass].install
+    memory = max(install.memory_gib, LEAST_MEMORY_GIB)
+    disks = tuple((site.least_disk_gib(node.klass), f"{name}-{number}") for number in range(1 + install.mirror))
+    return machine.Machine(node.mac, efi, round(memory * 1024), disks)
 
 
 def _boot(layout: Layout, node: nodes.Node) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,7 @@ def make_hub(layout: Layout, addresses: list[str], prefixlen: int, outside: str)
     commands = [
         "link set dev lo up",
         # An address of its own: a bridge otherwise takes the lowest of its ports', which changes as nodes come and go.
-        f"link add name {BRIDGE} address {_mac(addresses[0])} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
+        f"link add name {BRIDGE} address {mac(addresses[0])} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
         *(f"addr add {address}/{prefixlen} dev {BRIDGE}" for address in addresses),
         f"link set dev {BRIDGE} addrgenmode none up",
         # The whole network is local: clients in here may call from any of its addresses, and servers listen on them.
@@ -117,7 +118,7 @@ def plug(layout: Layout, node: str, interface: str, address: str, prefixlen: int
     _batch(
         layout.namespace,
         [
-            f"link add name {port} type veth peer name {interface} address {_mac(address)} netns {namespace}",
+            f"link add name {port} type veth peer name {interface} address {mac(address)} netns {namespace}",
             f"link set dev {port} master {BRIDGE} addrgenmode none up",
         ],
     )
@@ -132,9 +133,22 @@ def plug(layout: Layout, node: str, interface: str, address: str, prefixlen: int
     )
 
 
+def plug_machine(layout: Layout, node: str) -> str:
+    """Makes a card's end of a cable into the bridge, for a machine that is no container; returns its name."""
+    port = _port(node)
+    _batch(
+        layout.namespace,
+        [
+            f"tuntap add dev {port} mode tap",
+            f"link set dev {port} master {BRIDGE} addrgenmode none up",
+        ],
+    )
+    return port
+
+
 def plugged(layout: Layout, node: str) -> bool:
     """Whether a node's cable is in."""
-    if not exists(layout.namespace) or not exists(layout.node_namespace(node)):
+    if not exists(layout.namespace):
         return False
     with inside(layout.namespace):
         return Path(f"/proc/sys/net/ipv4/conf/{_port(node)}").exists()
@@ -144,6 +158,16 @@ def unplug(layout: Layout, node: str) -> None:
     """Pulls a node's cable: from now on nobody hears it, and no address of its answers."""
     if plugged(layout, node):
         run(["ip", "-n", layout.namespace, "link", "del", "dev", _port(node)])
+
+
+def answers(layout: Layout, address: str, port: int) -> bool:
+    """Whether somebody in the lab takes connections at an address."""
+    with inside(layout.namespace):
+        try:
+            socket.create_connection((address, port), timeout=1).close()
+        except OSError:
+            return False
+    return True
 
 
 def remove(namespace: str) -> None:
@@ -156,7 +180,7 @@ def _batch(namespace: str, commands: list[str]) -> None:
     run(["ip", "-n", namespace, "-batch", "-"], "\n".join(commands) + "\n")
 
 
-def _mac(address: str) -> str:
+def mac(address: str) -> str:
     """A locally administered address, the same one whenever the node is made anew: neighbours' caches stay right."""
     return "02:77:" + ":".join(f"{int(part):02x}" for part in address.split("."))
 

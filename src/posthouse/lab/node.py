@@ -98,6 +98,12 @@ def write(layout: Layout, node: Node, keys: Keys) -> None:
         file.unlink(missing_ok=True)
         file.touch(mode=0o644 if name.endswith(".pub") else 0o600)
         file.write_text(content)
+    note(layout, node)
+
+
+def note(layout: Layout, node: Node) -> None:
+    """Notes a node's wiring."""
+    state = layout.node_state(node.name)
     beside = state / "node.json.new"
     beside.write_text(json.dumps(asdict(node), indent=1))
     beside.replace(state / "node.json")

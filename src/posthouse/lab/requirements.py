@@ -26,18 +26,30 @@ PACKAGES = {
     "util-linux": "/usr/bin/unshare",
 }
 
+# What installs machines from here, and what the lab's own machines are.
+PROVISION = {
+    "dnsmasq-base": "/usr/sbin/dnsmasq",
+    "ipxe": "/usr/lib/ipxe/snponly.efi",
+    "zstd": "/usr/bin/zstd",
+}
+MACHINES = PROVISION | {
+    "ipxe-qemu": "/usr/lib/ipxe/qemu/pxe-virtio.rom",
+    "ovmf": "/usr/share/OVMF/OVMF_CODE_4M.fd",
+    "qemu-system-x86": "/usr/bin/qemu-system-x86_64",
+}
 
-def missing() -> list[str]:
+
+def missing(packages: dict[str, str] = PACKAGES) -> list[str]:
     """Packages that have to be installed, sorted. Looks at files, so it takes no time where all is there."""
-    return sorted(package for package, file in PACKAGES.items() if not Path(file).exists())
+    return sorted(package for package, file in packages.items() if not Path(file).exists())
 
 
-def ensure() -> list[str]:
+def ensure(packages: dict[str, str] = PACKAGES) -> list[str]:
     """Installs what is missing and returns its names. Raises LabError.
 
     No daemon runs afterwards that did not run before.
     """
-    names = missing()
+    names = missing(packages)
     if not names:
         return []
     if os.geteuid():

@@ -1,0 +1,62 @@
+"""The suite of machines: blank disks that become nodes of a running cluster, in a lab of its own.
+
+What happens to the machines takes minutes, so it happens once, in two lanes side by side; each test then looks at a
+part of it. `machines.py` is the story, the tests are what it proves.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+from machines import MACHINES, NAME, SITE, Lanes, log_tail
+
+from posthouse import lab, roles, run, sitefile
+from posthouse.lab import requirements
+
+FOLDER = roles.ROOT / "inventory" / NAME
+
+
+@pytest.fixture(scope="session")
+def posthouse() -> Callable[..., str]:
+    """Runs `posthouse …` as an operator does; returns what it prints."""
+
+    def call(*arguments: str, text: str = "", status: int = 0) -> str:
+        command = [run.BIN / "posthouse", *arguments]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == status, f"posthouse {' '.join(arguments)}: {done.stdout}{done.stderr}{log_tail()}"
+        return done.stdout
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def cluster(posthouse: Callable[..., str]) -> Iterator[Callable[[str], None]]:
+    """A small deployed cluster of containers, to which machines are added; gives what rewrites its site file."""
+    requirements.ensure(requirements.MACHINES)
+    lab.down(NAME)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir()
+
+    def write(text: str) -> None:
+        (FOLDER / "site.yml").write_text(text)
+
+    try:
+        write(SITE)
+        posthouse("lab", "up", NAME)
+        posthouse("deploy", NAME)
+        yield write
+    finally:
+        lab.down(NAME)
+        shutil.rmtree(FOLDER)
+
+
+@pytest.fixture(scope="session")
+def lanes(cluster: Callable[[str], None]) -> Iterator[Lanes]:
+    """What happens to the machines, on its way from the first test on."""
+    cluster(MACHINES)
+    lanes = Lanes(sitefile.load(NAME))
+    yield lanes
+    lanes.stop()
