@@ -13,7 +13,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from posthouse import PosthouseError, __version__, account_cli, backup_cli, drift_cli, failover_cli, node_cli, probe_cli, provision_cli
+from posthouse import (
+    PosthouseError,
+    __version__,
+    account_cli,
+    backup_cli,
+    drift_cli,
+    failover_cli,
+    node_cli,
+    probe_cli,
+    provision_cli,
+)
 from posthouse.sitefile import load
 
 app = typer.Typer(

@@ -57,7 +57,7 @@ class Remote:
 
         timeout: seconds until it is given up.
         """
-        ssh = ["ssh", "-F", str(self._config)]
+        ssh = ["ssh", "-F", str(self.config)]
         with (
             subprocess.Popen([*ssh, source, command], stdin=subprocess.DEVNULL, stdout=PIPE, stderr=PIPE) as giver,
             subprocess.Popen([*ssh, target, into], stdin=giver.stdout, stdout=PIPE, stderr=PIPE) as taker,
