@@ -13,7 +13,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from posthouse import PosthouseError, __version__, account_cli, probe_cli, provision_cli
+from posthouse import (
+    PosthouseError,
+    __version__,
+    account_cli,
+    backup_cli,
+    drift_cli,
+    failover_cli,
+    node_cli,
+    probe_cli,
+    provision_cli,
+)
 from posthouse.sitefile import load
 
 app = typer.Typer(
@@ -25,11 +35,16 @@ app = typer.Typer(
 lab_app = typer.Typer(help="Run a site on this machine, in network namespaces of its own.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure, as ratios in one run.", no_args_is_help=True)
 app.add_typer(account_cli.app, name="account")
+failover_cli.add(app)
+app.add_typer(backup_cli.app, name="backup")
+app.add_typer(backup_cli.restore_app, name="restore")
 app.add_typer(provision_cli.app, name="provision")
 app.add_typer(lab_app, name="lab")
 app.add_typer(bench_app, name="bench")
 app.add_typer(probe_cli.app, name="ledger")
 app.command()(probe_cli.probe)
+app.command()(drift_cli.drift)
+node_cli.add_to(app)
 
 SiteName = Annotated[str, typer.Argument(metavar="SITE", help="A folder in inventory/.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, everything else on standard error.")]
@@ -220,29 +235,6 @@ def verify(site: SiteName = "lab", tier: Tier = None, as_json: Json = False) -> 
     if not as_json:
         console.print(f"verify: {result['passed']} passed, {result['failed']} failed")
     if result["failed"] or not result["passed"]:
-        raise typer.Exit(1)
-
-
-@app.command()
-def drain(
-    node: Annotated[str, typer.Argument(help="The node.")],
-    site: Annotated[str, typer.Option(help="A folder in inventory/.")] = "lab",
-    undo: Annotated[bool, typer.Option("--undo", help="Put the node back into service.")] = False,
-    check: Check = False,
-    as_json: Json = False,
-) -> None:
-    """Take a node out of the balancers' pools: what it serves ends in its own time, nothing new comes."""
-    from posthouse import run
-
-    loaded = load(site)
-    if node not in loaded.nodes:
-        raise SystemExit(f"posthouse: {node}: no such node in {site}; its nodes are {', '.join(loaded.nodes)}")
-    variables = {"drain_node": node, "drain_state": "ready" if undo else "drain"}
-    with run.exclusive(loaded):
-        result = run.playbook(loaded, "drain", *(["--check"] if check else []), variables=variables, quiet=as_json)
-    if as_json:
-        print(json.dumps(result, indent=2))
-    if not result["ok"]:
         raise typer.Exit(1)
 
 

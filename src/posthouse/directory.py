@@ -85,12 +85,12 @@ class Directory:
     def get(self, address: str) -> Account | None:
         """The account of this address (not of an alias), or None."""
         found = self._search(self._dn(address), "(objectClass=posthouseAccount)", ldap3.BASE, READ)
-        return self._account(found[0]) if found else None
+        return self.account(found[0]) if found else None
 
     def holders(self, addresses: Iterable[str]) -> dict[str, Account]:
         """Which of these addresses, own or alias, some account has: {address: that account}."""
         terms = "".join(f"(mailLocalAddress={escape_filter_chars(address)})" for address in set(addresses))
-        found = [self._account(entry) for entry in self._search(self._base, f"(|{terms})", ldap3.SUBTREE, READ)]
+        found = [self.account(entry) for entry in self._search(self._base, f"(|{terms})", ldap3.SUBTREE, READ)]
         return {address: account for account in found for address in (account.address, *account.aliases)}
 
     def accounts(
@@ -106,7 +106,7 @@ class Directory:
             part = escape_filter_chars(match)
             terms += f"(|(uid=*{part}*)(cn=*{part}*)(mailLocalAddress=*{part}*))"
         for entry in self._pages(f"(&{terms})", READ):
-            yield self._account(entry)
+            yield self.account(entry)
 
     def counts(self, most: int | None = None) -> Counter[str] | None:
         """How many accounts each of the site's stores has; None if there are more than `most`.
@@ -157,7 +157,9 @@ class Directory:
     def _dn(self, address: str) -> str:
         return f"uid={escape_rdn(address)},{self._base}"
 
-    def _account(self, entry: dict[str, list[str]]) -> Account:
+    def account(self, entry: dict[str, list[str]]) -> Account:
+        """What an entry's attributes, those in READ, say."""
+
         def one(name: str, default: str = "") -> str:
             return entry[name][0] if entry[name] else default
 

@@ -7,7 +7,7 @@ import imaplib
 import re
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,6 +99,14 @@ class Mailboxes:
             raise self._admin_error(error) from None
         return any(answer)
 
+    def addresses(self) -> set[str]:
+        """Whose mailboxes are here. Raises StoreError."""
+        try:
+            answer = _expect(self._admin().list('""', "user/%"))
+        except (imaplib.IMAP4.error, OSError) as error:
+            raise self._admin_error(error) from None
+        return {name.removeprefix("user/") for name in folder_names(answer)}
+
     def delete(self, address: str) -> None:
         """Removes the account's mailbox with all its folders. Cyrus keeps it aside for a while. Raises StoreError."""
         try:
@@ -159,10 +167,13 @@ class SieveError(Exception):
 
 
 class ManageSieve:
-    """The part of RFC 5804 that is needed here, with STARTTLS; one connection serves one account after the other."""
+    """The part of RFC 5804 that is needed here, with STARTTLS; one connection serves one account after the other.
 
-    def __init__(self, store: Store, tls: ssl.SSLContext) -> None:
-        self._socket = _dial(store.address, 4190, TIMEOUT)
+    It goes to the store's service address unless another one is given.
+    """
+
+    def __init__(self, store: Store, tls: ssl.SSLContext, address: str | None = None, port: int = 4190) -> None:
+        self._socket = _dial(address or store.address, port, TIMEOUT)
         self._file: Any = self._socket.makefile("rb")
         self._answer()
         self._command("STARTTLS")
@@ -181,16 +192,30 @@ class ManageSieve:
 
     def put(self, name: str, text: str) -> None:
         """Stores a script; the server checks it."""
-        data = text.replace("\n", "\r\n")
+        data = "\r\n".join(text.replace("\r\n", "\n").split("\n"))
         self._command(f'PUTSCRIPT "{name}" {{{len(data.encode())}+}}\r\n{data}')
 
     def active(self) -> str | None:
         """The name of the active script."""
-        for line in self._command("LISTSCRIPTS"):
-            match = re.fullmatch(r'"(.*)" ACTIVE', line.strip(), re.IGNORECASE)
-            if match:
-                return match[1]
-        return None
+        return self.scripts()[1]
+
+    def scripts(self) -> tuple[list[str], str | None]:
+        """The names of all scripts, and which one is active."""
+        found = [re.fullmatch(r'"(.*)"( ACTIVE)?', line, re.IGNORECASE) for line in self._command("LISTSCRIPTS")]
+        names = [match for match in found if match]
+        return [match[1] for match in names], next((match[1] for match in names if match[2]), None)
+
+    def get(self, name: str) -> str:
+        """A script's text."""
+        self._socket.sendall(f'GETSCRIPT "{name}"\r\n'.encode())
+        line: bytes = self._file.readline()
+        literal = re.fullmatch(rb"\{(\d+)\+?\}\r\n", line)
+        if not literal:
+            raise SieveError(line.decode("utf-8", "replace").strip() or "the connection was closed")
+        data: bytes = self._file.read(int(literal[1]))
+        self._file.readline()
+        self._answer()
+        return data.decode()
 
     def activate(self, name: str) -> None:
         """Makes a script the one that delivery runs."""
@@ -238,6 +263,24 @@ def _secured(connection: socket.socket, tls: ssl.SSLContext, host: str) -> ssl.S
     # The server's greeting waits for our ACK of its session tickets; give it at once.
     secured.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
     return secured
+
+
+def quoted(name: str) -> str:
+    """A folder's name as IMAP takes it in a command."""
+    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def folder_names(lines: Iterable[object]) -> list[str]:
+    """The names, as IMAP encodes them, in the answer to LIST; those of folders that hold no messages are left out."""
+    names = []
+    for line in lines:
+        head, name = line if isinstance(line, tuple) else (line, None)  # a tuple: the name came as a literal
+        match = re.match(rb'\((.*?)\) (?:"(?:[^"\\]|\\.)*"|NIL) (.*)', head) if isinstance(head, bytes) else None
+        if match and not re.search(rb"\\(Noselect|NonExistent)", match[1], re.IGNORECASE):
+            quoted = match[2][1:-1] if match[2].startswith(b'"') else match[2]
+            names.append((name if name is not None else re.sub(rb"\\(.)", rb"\1", quoted)).decode())
+    return names
 
 
 def _root(address: str) -> str:

@@ -117,6 +117,9 @@ Domain = Annotated[
 Text = Annotated[str, AfterValidator(_checked(r"[^\x00-\x1f\x7f]*", "text of one line; leave out control characters"))]
 
 
+_REPOSITORY = "a backup repository; write it like /srv/backup/corp, or rclone:REMOTE:PATH for one of rclone's remotes"
+
+
 class Network(Strict):
     """The network that all nodes share."""
 
@@ -155,6 +158,12 @@ class StoreEntry(Strict):
     primary: Name = Field(description="the node that serves it")
     replicas: list[Name] = Field(default_factory=list, description="nodes that hold a copy, always up to date")
     weight: float = Field(1.0, gt=0, description="share of new accounts, relative to other stores")
+
+
+class Cluster(Strict):
+    """Nodes that decide who serves a store when its primary fails. A majority of them has to be up for that."""
+
+    members: list[Name] = Field(description="store nodes that run etcd; an odd number, at least 3")
 
 
 class Directory(Strict):
@@ -199,6 +208,31 @@ class Provision(Strict):
     )
     http_port: int = Field(8480, ge=1, le=65535, description="where boot files and images are fetched")
     https_port: int = Field(8481, ge=1, le=65535, description="where machines report, by the site's own CA")
+
+
+class Keep(Strict):
+    """How many backups stay: the last one of each of so many days, weeks and months."""
+
+    daily: int = Field(7, ge=1, description="days")
+    weekly: int = Field(5, ge=0, description="weeks")
+    monthly: int = Field(12, ge=0, description="months")
+
+
+class Backup(Strict):
+    """Where backups go, how long they stay, and how often one must have been proved good."""
+
+    repository: (
+        Annotated[str, AfterValidator(_checked(r"(/|rclone:[\w.-]+:)[^\x00-\x1f\x7f]*", _REPOSITORY))] | None
+    ) = Field(
+        None,
+        description="a folder of the controller's, or one of its rclone remotes; /var/lib/posthouse/backup/SITE if left out",
+    )
+    keep: Keep = Keep()
+    drill_days: int = Field(31, ge=1, description="after so many days without a drill, `drill --status` is red")
+
+    def place(self, site: str) -> str:
+        """The repository of a site, as restic names it."""
+        return self.repository or f"/var/lib/posthouse/backup/{site}"
 
 
 class Lab(Strict):
@@ -291,10 +325,12 @@ class Site(Strict):
     vips: dict[Literal["mail"], Address] = Field(min_length=1, description="virtual addresses held by the lb nodes")
     directory: Directory
     store_entries: dict[StoreName, StoreEntry] = Field(alias="stores", min_length=1, description="where accounts live")
+    cluster: Cluster | None = Field(None, description="without it, stores do not fail over by themselves")
     accounts: Accounts = Accounts()
     tls: Tls = Tls()
     load: Load = Load()
     provision: Provision = Provision()
+    backup: Backup = Backup()
     lab: Lab | None = None
 
     @property
@@ -435,6 +471,7 @@ class Site(Strict):
             self._name_problems: {"domains", "vips", "classes", "nodes", "stores"},
             self._provider_problems: {"classes", "nodes", "directory"},
             self._store_problems: {"network", "classes", "nodes", "stores"},
+            self._cluster_problems: {"classes", "nodes", "cluster"},
         }
         for check, leans_on in checks.items():
             if not leans_on & broken:
@@ -645,6 +682,23 @@ class Site(Strict):
             if entry.primary in entry.replicas:
                 reason = f"{entry.primary} is the store's primary; a replica there dies with it: choose another node"
                 yield ("stores", name, "replicas"), reason
+
+    def _cluster_problems(self) -> Iterator[Problem]:
+        if self.cluster is None:
+            return
+        place, members = ("cluster", "members"), self.cluster.members
+        for name in dict.fromkeys(members):
+            if name not in self._tiers_of:
+                yield place, f"no node {name!r}; {did_you_mean(name, self._tiers_of)}"
+            elif "store" not in self._tiers_of[name]:
+                yield place, f"{name} does not carry the tier store; choose a node that does"
+            if members.count(name) > 1:
+                yield place, f"{name} is listed twice; list each node once"
+        if len(members) < 3 or len(members) % 2 == 0:
+            yield (
+                place,
+                f"{len(members)} members: a majority of them has to be up; name 3 to spare one, or 5 to spare two",
+            )
 
     @cached_property
     def _tiers_of(self) -> dict[str, list[str]]:

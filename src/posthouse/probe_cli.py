@@ -54,6 +54,7 @@ def probe(
 
     loaded = load(site)
     rates = Rates(smtp, submission, imap, pop, sieve, sessions)
+    rates.check()
     run.reach(loaded)
     with closing(Ledger(record)) as ledger:
         persons = read_people(loaded, people) if people else made_people(loaded, each)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from subprocess import PIPE
 
 from posthouse import PosthouseError, run
 from posthouse.model import Site
@@ -27,7 +28,7 @@ class Remote:
     """The nodes of a site. Make it before any thread is started: for a lab site it enters the lab's network."""
 
     def __init__(self, site: Site) -> None:
-        self._config = run.reach(site)
+        self.config = str(run.reach(site))
 
     def run(self, node: str, command: str, text: str | None = None, timeout: float = 120) -> str:
         """What a shell command prints on a node, as root, with `text` as its input. Raises RemoteError.
@@ -36,7 +37,7 @@ class Remote:
         """
         try:
             done = subprocess.run(
-                ["ssh", "-F", self._config, node, command],
+                ["ssh", "-F", self.config, node, command],
                 input=text or "",
                 capture_output=True,
                 text=True,
@@ -50,6 +51,32 @@ class Remote:
             complaint = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode} of: {command}"
             raise RemoteError(node, done.returncode, complaint)
         return done.stdout
+
+    def pipe(self, source: str, command: str, target: str, into: str, timeout: float = 86400) -> None:
+        """What a command prints on one node goes to a command on another, through the controller. Raises RemoteError.
+
+        timeout: seconds until it is given up.
+        """
+        ssh = ["ssh", "-F", str(self.config)]
+        with (
+            subprocess.Popen([*ssh, source, command], stdin=subprocess.DEVNULL, stdout=PIPE, stderr=PIPE) as giver,
+            subprocess.Popen([*ssh, target, into], stdin=giver.stdout, stdout=PIPE, stderr=PIPE) as taker,
+        ):
+            assert giver.stdout
+            giver.stdout.close()  # the taker's now: its end is the giver's, too
+            try:
+                complaints = {target: taker.communicate(timeout=timeout)[1]}
+                assert giver.stderr
+                complaints[source] = giver.stderr.read()
+                giver.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                giver.kill()
+                taker.kill()
+                raise RemoteError(source, 255, f"no end within {timeout:g} s of: {command}") from None
+        for name, process in ((source, giver), (target, taker)):
+            if process.returncode:
+                text = complaints[name].decode(errors="replace").strip()
+                raise RemoteError(name, process.returncode, text or f"exit status {process.returncode}")
 
     def each(self, nodes: Iterable[str], command: str, timeout: float = 120) -> dict[str, str]:
         """The same command on several nodes, side by side: {node: what it prints}. Raises the first RemoteError."""

@@ -58,6 +58,7 @@ def shared_variables(site: Site) -> Variables:
             "suffix": site.suffix,
             "providers": [{"id": i, **_node(site.nodes[name])} for i, name in enumerate(site.directory.providers, 1)],
         },
+        "cluster": {"members": [_node(site.nodes[name]) for name in site.cluster.members]} if site.cluster else None,
         "accounts": site.accounts.model_dump(),
         "tls_minimum": site.tls.minimum_version,
         "lab": site.lab.model_dump(mode="json") if site.lab else None,
@@ -71,12 +72,14 @@ def node_variables(site: Site, node: Node) -> Variables:
     """The template variables of one node, without its secrets."""
     stores = []
     for store in site.stores.values():
-        if node.name in (store.primary, *store.replicas):
+        names = [store.primary, *store.replicas]
+        if node.name in names:
             stores.append(
                 _store(store)
                 | {
                     "role": "primary" if node.name == store.primary else "replica",
-                    "peers": [_node(site.nodes[replica]) for replica in store.replicas],
+                    "nodes": names,
+                    "peers": [_node(site.nodes[name]) for name in names if name != node.name],
                 }
             )
     return {"node": _node(node), "node_stores": stores, "firewall": site.firewall(node)}

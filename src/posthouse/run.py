@@ -121,8 +121,8 @@ def _cases(junit: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def verify(site: Site, tiers: list[str] | None = None, quiet: bool = False) -> dict[str, Any]:
-    """Runs the read-only verify suite.
+def verify(site: Site, tiers: list[str] | None = None, quiet: bool = False, node: str | None = None) -> dict[str, Any]:
+    """Runs the read-only verify suite, on all nodes or on one.
 
     Returns {"passed": n, "failed": n, "checks": [{"tier", "check", "node", "outcome", "seconds", "message"}]}.
     """
@@ -130,6 +130,8 @@ def verify(site: Site, tiers: list[str] | None = None, quiet: bool = False) -> d
     arguments = ["tests/verify", "--site", site.name, *VERIFY]
     for tier in tiers or []:
         arguments += ["--tier", tier]
+    if node:
+        arguments += ["--node", node]
     _, cases = pytest(*arguments, env=environment(site), quiet=quiet)
     checks = []
     for case in cases:

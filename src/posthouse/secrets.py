@@ -240,6 +240,8 @@ def _complete(site: Site, data: dict[str, Any]) -> None:
     for tier in roles.TIERS:
         for name in roles.manifest(tier).get("secrets", []):
             data["passwords"].setdefault(name, random.token_urlsafe(24))
+    # No node's business: it is lent to them for as long as a backup takes.
+    data["passwords"].setdefault("backup_repository", random.token_urlsafe(24))
     if not data["ca"]:
         data["ca"] = _authority(site)
     for node in site.nodes.values():

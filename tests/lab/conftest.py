@@ -31,9 +31,11 @@ ORDER = [
     "test_refusals",
     "test_mailbox",
     "test_submission",
+    "test_drift",
     "test_probe",
     "test_changes",
     "test_outages",
+    "test_nodes",
 ]
 SITE = pytest.StashKey[Any]()
 

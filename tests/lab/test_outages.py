@@ -113,7 +113,7 @@ def test_drain(platform, nodes, friend, people, site, posthouse):
         send()
         assert sessions() == before
     finally:
-        posthouse("drain", name, "--site", site.name, "--undo")
+        posthouse("undrain", name, "--site", site.name)
     send()
     assert sessions() > before
 

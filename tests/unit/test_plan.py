@@ -139,7 +139,7 @@ def test_tree_holds_every_file_and_zone(site: Site, tmp_path: Path) -> None:
 def test_tree_has_placeholders_and_sound_certificates(site: Site, tmp_path: Path) -> None:
     plan.write_tree(site, tmp_path / "out", with_secrets=False)
     node = tmp_path / "out" / "mail1"
-    assert "placeholder-store_replicator" in "".join(path.read_text() for path in node.glob("etc/cyrus/*/*"))
+    assert "placeholder-store_replicator" in "".join(path.read_text() for path in node.glob("etc/cyrus/*/*/*"))
     load_pem_x509_certificate((node / "etc/ssl/posthouse/node.pem").read_bytes())
     assert (node / "etc/ssl/posthouse/node.key").stat().st_mode & 0o777 == 0o640
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from posthouse.probe.clients import Person, eventually, fingerprint, folder_names, letter, quoted
+from posthouse.mailboxes import folder_names, quoted
+from posthouse.probe.clients import Person, eventually, fingerprint, letter
 from posthouse.probe.kinds import Clients
 from posthouse.probe.ledger import Entry, Ledger, LedgerError, compare
 from posthouse.probe.search import Copy, bounces

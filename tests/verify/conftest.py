@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--tier", action="append", default=[], choices=roles.TIERS, help="check only this tier (repeatable)"
     )
+    parser.addoption("--node", help="check only this node")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,7 +36,8 @@ SSH = pytest.StashKey[Any]()
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("tier")
     if marker and "node_name" in metafunc.fixturenames:
-        nodes = metafunc.config.stash[SITE].groups[marker.args[0]]
+        only = metafunc.config.getoption("--node")
+        nodes = [n for n in metafunc.config.stash[SITE].groups[marker.args[0]] if only in (None, n.name)]
         # One worker per node: its tests share one ssh connection.
         metafunc.parametrize("node_name", [pytest.param(n.name, marks=pytest.mark.xdist_group(n.name)) for n in nodes])
 

@@ -5,6 +5,8 @@
     lab.down(name)                      nothing is left
     lab.status(name)                    [{"name", "address", "state", "pid", "image"}]
     lab.kill(name, node), start(…)      power cut, and power back
+    lab.add(site, secrets, node)        one node more, the others are not touched
+    lab.wipe(name, node)                a node and its disk are gone
     lab.enter(name)                     this process now sees the lab's network, as the site's controller
     lab.command(name, node)             what to put before a command to run it on a node, without ssh
     lab.refresh(site, secrets)          DNS as the site says now
@@ -41,6 +43,7 @@ from posthouse.secrets import Secrets
 
 __all__ = [
     "LabError",
+    "add",
     "command",
     "down",
     "ensure_requirements",
@@ -53,6 +56,7 @@ __all__ = [
     "start",
     "status",
     "up",
+    "wipe",
 ]
 
 log = logging.getLogger(__name__)
@@ -131,6 +135,29 @@ def power_on(site: Site, name: str, hardware: machine.Machine | None = None) -> 
             raise LabError(f"{name}: no machine of the lab {site.name}; make one with: posthouse lab up --vm {name}")
         nodes.stop(layout, name)
         machine.power_on(layout, name, found)
+
+
+def add(site: Site, secrets: Secrets, name: str) -> str:
+    """Brings one node up and lets all others be; says what was done: "kept", "started" or "made". Raises LabError.
+
+    The image of its class must be there before `enter`: see image.build.
+    """
+    layout = Layout(site.name)
+    images = {site.nodes[name].klass: image.build(site, site.nodes[name].klass)}
+    with _locked(layout):
+        if not network.exists(layout.namespace):
+            raise LabError(f"{site.name}: the lab is down; start it with: posthouse lab up {site.name}")
+        dns.start(layout, site, secrets)
+        return _bring(layout, site, secrets, images, name)[1]
+
+
+def wipe(name: str, node: str) -> None:
+    """Ends a node and removes all that it kept, as if its disk had died and been thrown away."""
+    layout = Layout(name)
+    with _locked(layout):
+        nodes.stop(layout, node)
+        if layout.node_state(node).exists():
+            shutil.rmtree(layout.node_state(node))
 
 
 def refresh(site: Site, secrets: Secrets) -> None:

@@ -20,6 +20,8 @@ PACKAGES = {
     "mount": "/usr/bin/mount",
     "nftables": "/usr/sbin/nft",
     "openssh-client": "/usr/bin/ssh",
+    "rclone": "/usr/bin/rclone",
+    "restic": "/usr/bin/restic",
     "systemd-container": "/usr/bin/systemd-nspawn",
     "util-linux": "/usr/bin/unshare",
 }

@@ -28,6 +28,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
 from posthouse import secrets
+from posthouse.mailboxes import folder_names, quoted
 from posthouse.model import Site
 
 Found = TypeVar("Found")
@@ -61,10 +62,10 @@ class Reply(NamedTuple):
 
 
 class Platform:
-    """The site as its users and the world see it: one name."""
+    """The site as its users and the world see it: one name. patience: seconds after which clients give up an answer."""
 
-    def __init__(self, site: Site) -> None:
-        self.site = site
+    def __init__(self, site: Site, patience: float = 60) -> None:
+        self.site, self.patience = site, patience
         self.host = f"mail.{site.domain}"
         self.tls = ssl.create_default_context(cadata=secrets.load(site).ca_cert)
         self._resolver = dns.resolver.Resolver(configure=False)
@@ -80,10 +81,12 @@ class Platform:
         answer = self._resolver.resolve(name, kind)[0]
         return b"".join(answer.strings).decode() if kind == "TXT" else str(answer).rstrip(".")
 
-    def dial(self, port: int, source: str | None = None, timeout: float = 60, tls: bool = False) -> socket.socket:
+    def dial(
+        self, port: int, source: str | None = None, timeout: float | None = None, tls: bool = False
+    ) -> socket.socket:
         """A connection to the public name, from a stranger's address if `source` is given."""
         address = (self.lookup(self.host), port)
-        connection = socket.create_connection(address, timeout, (source, 0) if source else None)
+        connection = socket.create_connection(address, timeout or self.patience, (source, 0) if source else None)
         return self.tls.wrap_socket(connection, server_hostname=self.host) if tls else connection
 
 
@@ -96,7 +99,7 @@ class Smtp(smtplib.SMTP):
         self._platform, self._source = platform, source
         # Strangers name themselves as DNS does.
         name = f"host-{source.rpartition('.')[2]}.{WORLD}" if source else f"client.{WORLD}"
-        super().__init__(platform.host, port, local_hostname=name, timeout=60)
+        super().__init__(platform.host, port, local_hostname=name, timeout=platform.patience)
         if port == 587:
             self.starttls(context=platform.tls)
         if person:
@@ -130,11 +133,11 @@ class Imap(imaplib.IMAP4_SSL):
 
     def __init__(self, platform: Platform, person: Person, source: str | None = None) -> None:
         self._platform, self._source = platform, source
-        super().__init__(platform.host, timeout=60)
+        super().__init__(platform.host, timeout=platform.patience)
         self.login(person.address, person.password)
 
     def _create_socket(self, timeout: float | None) -> socket.socket:
-        return self._platform.dial(993, self._source, timeout or 60, tls=True)
+        return self._platform.dial(993, self._source, timeout, tls=True)
 
     def messages(self, message_id: str | None = None, folder: str = "INBOX") -> list[bytes]:
         """All messages of a folder, or those with the Message-ID, as they are; none if there is no such folder."""
@@ -158,7 +161,7 @@ class Pop(poplib.POP3_SSL):
 
     def __init__(self, platform: Platform, person: Person, source: str | None = None) -> None:
         self._platform, self._source = platform, source
-        super().__init__(platform.host, timeout=60, context=platform.tls)
+        super().__init__(platform.host, timeout=platform.patience, context=platform.tls)
         self.user(person.address)
         self.pass_(person.password)
 
@@ -252,24 +255,6 @@ class World(Controller):
     def to(self, recipient: str) -> list[Arrival]:
         """What came for an address so far."""
         return [arrival for arrival in self.arrivals if recipient in arrival.recipients]
-
-
-def quoted(name: str) -> str:
-    """A folder's name as IMAP takes it in a command."""
-    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
-
-
-def folder_names(lines: Iterable[object]) -> list[str]:
-    """The names, as IMAP encodes them, in the answer to LIST; those of folders that hold no messages are left out."""
-    names = []
-    for line in lines:
-        head, name = line if isinstance(line, tuple) else (line, None)  # a tuple: the name came as a literal
-        match = re.match(rb'\((.*?)\) (?:"(?:[^"\\]|\\.)*"|NIL) (.*)', head) if isinstance(head, bytes) else None
-        if match and not re.search(rb"\\(Noselect|NonExistent)", match[1], re.IGNORECASE):
-            quoted = match[2][1:-1] if match[2].startswith(b'"') else match[2]
-            names.append((name if name is not None else re.sub(rb"\\(.)", rb"\1", quoted)).decode())
-    return names
 
 
 def introduce(platform: Platform, address: str) -> None:

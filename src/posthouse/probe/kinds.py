@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 
 from posthouse.probe.clients import Imap, Person, Platform, Pop, Sieve, closed_quietly
 
-LONGEST = 90  # s; an attempt ends before: each client gives up after 60 s without an answer
+LONGEST = 90  # s; an attempt ends before: each client gives up when no answer comes for a time
 
 
 class Outcome(NamedTuple):
@@ -57,8 +57,8 @@ class Clients(ABC):
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._next = self._started = self._stopped = 0.0
-        # As many as keep up the rate while each attempt takes two seconds.
-        count_of_threads = threads or min(64, max(2, math.ceil(2 * rate)))
+        # As many as keep up the rate while each attempt takes ten seconds.
+        count_of_threads = threads or min(100, max(2, math.ceil(10 * rate)))
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count_of_threads)]
 
     @abstractmethod

@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import math
 import secrets as random
+import smtplib
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -24,6 +25,9 @@ from posthouse.probe.kinds import Clients, Logins, Sessions, Statistics
 from posthouse.probe.ledger import Ledger, Stream, Submissions
 
 ONE_STRANGER = 4  # messages a second; the mx tier lets one client open 5 connections a second to a node
+
+
+PATIENCE = 20  # s; a person who waits longer for an answer has given up
 
 
 class ProbeError(PosthouseError):
@@ -41,6 +45,11 @@ class Rates:
     sieve: float = 0
     sessions: int = 0
 
+    def check(self) -> None:
+        """Raises ProbeError if this comes to nothing."""
+        if not any(asdict(self).values()):
+            raise ProbeError("there is nothing to do; give at least one rate, for instance --smtp 5")
+
 
 class Probe:
     """Clients of several kinds at once. For a lab site, be in the lab's network before (`run.reach`).
@@ -51,9 +60,10 @@ class Probe:
     def __init__(
         self, site: Site, people: Sequence[Person], rates: Rates, ledger: Ledger | None = None, count: int | None = None
     ) -> None:
+        rates.check()
         if not people:
             raise ProbeError("there is nobody to send to; name at least one account")
-        self.platform = Platform(site)
+        self.platform = Platform(site, PATIENCE)
         self.ledger = Ledger() if ledger is None else ledger
         self.sources = _strangers(self.platform, math.ceil(rates.smtp / ONE_STRANGER))
         self.kinds: dict[str, Clients] = {}
@@ -66,8 +76,6 @@ class Probe:
                 self.kinds[name] = Logins(name, self.platform, people, rate, count)
         if rates.sessions:
             self.kinds["sessions"] = Sessions(self.platform, people, rates.sessions)
-        if not self.kinds:
-            raise ProbeError("there is nothing to do; give at least one rate, for instance --smtp 5")
 
     def statistics(self, store: str | None = None) -> dict[str, Statistics]:
         """What became of each kind so far, for all people or for those of one store."""
@@ -80,7 +88,8 @@ class Probe:
 
     def __enter__(self) -> Self:
         for source in self.sources:
-            introduce(self.platform, source)
+            with suppress(OSError, smtplib.SMTPException):  # who cannot be met now is met later
+                introduce(self.platform, source)
         for kind in self.kinds.values():
             kind.start()
         return self
@@ -124,8 +133,9 @@ def read_people(site: Site, path: Path) -> list[Person]:
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise ProbeError(f"{path}: {error.strerror}; name a CSV file with the columns address,password") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not CSV in UTF-8"
+        raise ProbeError(f"{path}: {reason}; name a CSV file with the columns address,password") from None
     with closing(Accounts(site, secrets.load(site))) as accounts:
         return [_person(accounts, f"{path}:{number}", row) for number, row in enumerate(rows, 2)]
 

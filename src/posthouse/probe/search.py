@@ -17,9 +17,9 @@ from functools import partial
 from typing import NamedTuple
 
 from posthouse.directory import Account, Directory
-from posthouse.mailboxes import Mailboxes, StoreError
+from posthouse.mailboxes import Mailboxes, StoreError, folder_names, quoted
 from posthouse.model import Site
-from posthouse.probe.clients import fingerprint, folder_names, header, quoted
+from posthouse.probe.clients import fingerprint, header
 from posthouse.remote import RemoteError
 from posthouse.secrets import Secrets
 

@@ -1,0 +1,80 @@
+"""Verbs about nodes: drain, undrain, upgrade, expand, retire, rebuild. One documented function each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from posthouse import run
+from posthouse.model import Site
+from posthouse.sitefile import load
+
+NodeName = Annotated[str, typer.Argument(metavar="NODE", help="The node.")]
+SiteName = Annotated[str, typer.Option("--site", metavar="SITE", help="A folder in inventory/.")]
+Check = Annotated[bool, typer.Option("--check", help="Show the plan; change nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def operate(site: str, as_json: bool, operation: Callable[[Site], dict[str, Any]]) -> None:
+    """Does an operation on a site under its lock, and prints what came of it."""
+    loaded = load(site)
+    with run.exclusive(loaded):
+        report = operation(loaded)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    notes = [f"{step['node']}: {step['note']}" for step in report["steps"] if step["note"]]
+    done = f"done in {report['seconds']:g} s" if report["steps"] else "nothing was changed"
+    console.print(f"{report['operation']}: {done}", *notes, sep="\n  ", markup=False)
+
+
+def drain(
+    node: NodeName,
+    site: SiteName = "lab",
+    wait: Annotated[int, typer.Option(min=0, help="Seconds in which its sessions may end by themselves.")] = 60,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Take a node out of service: no client, no store, no mail waits on it. It stays so until `undrain`."""
+    from posthouse.ops import drain as module
+
+    operate(site, as_json, lambda loaded: module.drain(loaded, node, check, wait))
+
+
+def undrain(node: NodeName, site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
+    """Put a drained node back into service: its pools, and the stores that the site file gives it."""
+    from posthouse.ops import drain as module
+
+    operate(site, as_json, lambda loaded: module.undrain(loaded, node, check))
+
+
+def expand(node: NodeName, site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
+    """Put a node more into service: it is converged, the others learn of it, and nothing on them is restarted."""
+    from posthouse.ops import expand as module
+
+    operate(site, as_json, lambda loaded: module.expand(loaded, node, check))
+
+
+def rebuild(
+    node: NodeName,
+    site: SiteName = "lab",
+    measure: Annotated[bool, typer.Option("--measure", help="Copy twice, the second time without care.")] = False,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Make a dead node anew: from the image of its class, the site file, the secrets, and its peers' data."""
+    from posthouse.ops import rebuild as module
+
+    operate(site, as_json, lambda loaded: module.rebuild(loaded, node, check, measure))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Puts these verbs on a command line."""
+    for verb in (drain, undrain, expand, rebuild):
+        app.command()(verb)

@@ -1,0 +1,303 @@
+"""`posthouse backup`: all that a site keeps, in one encrypted repository; taken off replicas while users go on.
+
+A backup, called by the time it began (`20261126T121500Z`), is several snapshots of restic that carry its name:
+queues:NODE, store:NAME, directory, site, and at last `manifest`, without which it is not a backup. The order matters:
+what leaves a queue while the backup is made is in its store afterwards, and so in the backup, at worst twice.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from posthouse import run, sitefile
+from posthouse.model import Keep, Site
+from posthouse.ops.repository import BackupError, Lent, Repository, summary
+from posthouse.remote import Remote, RemoteError
+from posthouse.secrets import Secrets
+
+NAME = "%Y%m%dT%H%M%SZ"
+MANIFEST = "/manifest.json"
+DIRECTORY = "/directory.ldif"
+# Postfix's instances by tier: the unit that runs each. Their queues are in /srv/postfix/TIER.
+QUEUES = {"mx": "postfix", "submission": "postfix-submission", "outbound": "postfix-outbound"}
+QUEUE_FOLDERS = "maildrop incoming active deferred hold defer bounce trace"
+QUEUE_SNAPSHOT = "/srv/postfix/snapshot"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of a backup: what it is called, the node it is taken from, and a remark for who reads the plan."""
+
+    name: str
+    node: str
+    note: str = ""
+
+
+@dataclass
+class Backup:
+    """A backup as it is listed. `parts` are the ids of its snapshots; without a manifest it is not complete."""
+
+    name: str
+    parts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return "manifest" in self.parts
+
+    @property
+    def time(self) -> datetime:
+        """When it began."""
+        return datetime.strptime(self.name, NAME).replace(tzinfo=UTC)
+
+
+def stands(remote: Remote, site: Site) -> dict[str, str]:
+    """Which node serves each store now: the one that holds its address. Raises BackupError if none does."""
+    nodes = {name for store in site.stores.values() for name in (store.primary, *store.replicas)}
+    held: dict[str, str] = {}
+    for node in sorted(nodes):
+        try:
+            lines = remote.run(node, "ip -4 -oneline address show").splitlines()
+        except RemoteError as error:
+            if error.status != 255:
+                raise
+            continue
+        addresses = {line.split()[3].partition("/")[0] for line in lines}
+        held |= {store.name: node for store in site.stores.values() if store.address in addresses}
+    if missing := [name for name in site.stores if name not in held]:
+        raise BackupError(f"{missing[0]}: no node serves it; see: posthouse verify {site.name} --tier store")
+    return held
+
+
+def plan(site: Site, primaries: dict[str, str], reachable: Iterable[str]) -> list[Part]:
+    """The parts of a backup in the order in which they are taken. Raises BackupError if one cannot be."""
+    up = set(reachable)
+    parts = []
+    for node in site.nodes.values():
+        if set(QUEUES) & set(node.tiers):
+            if node.name not in up:
+                raise BackupError(
+                    f"{node.name}: cannot be reached, and its queues are nowhere else; bring it back first"
+                )
+            parts.append(Part(f"queues:{node.name}", node.name))
+    for store in site.stores.values():
+        primary = primaries[store.name]
+        copies = [name for name in (store.primary, *store.replicas) if name != primary]
+        source = next((name for name in copies if name in up), primary)
+        note = "" if source != primary else "off its primary: users wait for the moment it is frozen"
+        parts.append(Part(f"store:{store.name}", source, note))
+    provider = next((name for name in site.directory.providers if name in up), None)
+    if not provider:
+        raise BackupError("no provider of the directory can be reached; bring one back first")
+    parts.append(Part("directory", provider))
+    parts.append(Part("site", "the controller"))
+    return parts
+
+
+def backup(site: Site, secrets: Secrets, *, check: bool = False, say: Say = lambda text: None) -> dict[str, Any]:
+    """Makes a backup.
+
+    Returns {"backup": name, "repository", "parts": [{"name", "node", "note", and once made "bytes", "added", "seconds",
+    counts of a store}], "seconds"}. Raises BackupError, RemoteError; what was made until then is no backup.
+    """
+    started = time.monotonic()
+    repository = Repository(site, secrets)
+    with run.exclusive(site):
+        remote = Remote(site)
+        there = repository.exists()
+        up = reachable(remote, site)
+        parts = plan(site, stands(remote, site), up)
+        name = datetime.now(UTC).strftime(NAME)
+        result: dict[str, Any] = {"backup": name, "repository": repository.place, "check": check}
+        for part in parts:
+            say(f"{part.name} from {part.node}{f' ({part.note})' if part.note else ''}")
+        if check:
+            return result | {"parts": [asdict(part) for part in parts], "seconds": 0.0}
+        if not there:
+            repository.ensure()
+        nodes = {part.node for part in parts} & set(site.nodes)
+        with repository.lent(remote, sorted(nodes)) as lent:
+            made = [asdict(part) | _taken(site, repository, lent, name, part, say) for part in parts if _first(part)]
+            stores = [part for part in parts if part.name.startswith("store:")]
+            # One after the other on a node, so that its disk is not asked for everything at once; nodes side by side.
+            queues = [[part for part in stores if part.node == node] for node in sorted({p.node for p in stores})]
+
+            def in_turn(turn: list[Part]) -> list[dict[str, Any]]:
+                return [asdict(part) | _taken(site, repository, lent, name, part, say) for part in turn]
+
+            with ThreadPoolExecutor(len(queues)) as pool:
+                made += [item for turn in pool.map(in_turn, queues) for item in turn]
+            made += [
+                asdict(part) | _taken(site, repository, lent, name, part, say)
+                for part in parts
+                if part.name in ("directory", "site")
+            ]
+        result |= {"parts": made, "seconds": round(time.monotonic() - started, 1)}
+        tags = _tags(name, "manifest")
+        repository.restic(
+            "backup", "--host", site.name, *tags, "--stdin", "--stdin-filename", MANIFEST, text=json.dumps(result)
+        )
+    return result
+
+
+def reachable(remote: Remote, site: Site) -> list[str]:
+    """The nodes that answer."""
+
+    def answers(node: str) -> bool:
+        try:
+            remote.run(node, "true", timeout=30)
+        except RemoteError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        return [node for node, good in zip(site.nodes, pool.map(answers, site.nodes), strict=True) if good]
+
+
+def backups(repository: Repository) -> list[Backup]:
+    """All backups of the site, oldest first, also those that were never finished."""
+    found: dict[str, Backup] = {}
+    for item in repository.snapshots():
+        found.setdefault(item["run"], Backup(item["run"])).parts[item["part"]] = item["id"]
+    return sorted(found.values(), key=lambda backup: backup.name)
+
+
+def manifest(repository: Repository, backup: Backup) -> dict[str, Any]:
+    """What `backup` returned when it was made."""
+    data: dict[str, Any] = json.loads(repository.dump(backup.parts["manifest"], MANIFEST))
+    return data
+
+
+def choose(found: list[Backup], at: str | None) -> list[Backup]:
+    """The complete backups to look into, newest first: all, the one of a name, or those until a time.
+
+    at: a backup's name, or a time in UTC like 2026-11-26 or 2026-11-26T12:15. Raises BackupError.
+    """
+    complete = [backup for backup in reversed(found) if backup.complete]
+    if not complete:
+        raise BackupError("there is no complete backup yet; make one with: posthouse backup")
+    if at is None:
+        return complete
+    if exact := [backup for backup in complete if backup.name == at]:
+        return exact
+    try:
+        until = datetime.fromisoformat(at.removesuffix("Z")).replace(tzinfo=UTC)
+    except ValueError:
+        raise BackupError(
+            f"--at {at}: neither a backup nor a time; see: posthouse backup list, or write 2026-11-26T12:15"
+        ) from None
+    if len(at) == len("2026-11-26"):
+        until += timedelta(days=1)
+    if earlier := [backup for backup in complete if backup.time <= until]:
+        return earlier
+    raise BackupError(f"--at {at}: no backup is that old; the oldest is {complete[-1].name}")
+
+
+def kept(found: list[Backup], keep: Keep) -> set[str]:
+    """Names of the backups that stay: the newest of each of the last so many days, weeks and months that have one.
+
+    One that was never finished stays only if nothing newer was: it may be in the making.
+    """
+    complete = sorted((backup for backup in found if backup.complete), key=lambda backup: backup.name, reverse=True)
+    stay = {found[-1].name} if found else set()
+    for pattern, count in (("%Y-%m-%d", keep.daily), ("%G-%V", keep.weekly), ("%Y-%m", keep.monthly)):
+        newest: dict[str, str] = {}
+        for backup in complete:
+            newest.setdefault(backup.time.strftime(pattern), backup.name)
+        stay |= set(list(newest.values())[:count])
+    return stay
+
+
+def prune(site: Site, secrets: Secrets, *, check: bool = False) -> dict[str, list[str]]:
+    """Removes the backups that the site no longer keeps, and what only they held. Returns {"kept", "removed"}: names."""
+    repository = Repository(site, secrets)
+    with run.exclusive(site):
+        repository.require()
+        found = backups(repository)
+        stay = kept(found, site.backup.keep)
+        going = [backup for backup in found if backup.name not in stay]
+        if going and not check:
+            repository.restic("forget", "--prune", *(key for backup in going for key in backup.parts.values()))
+    return {"kept": sorted(stay), "removed": [backup.name for backup in going]}
+
+
+def examine(site: Site, secrets: Secrets, *, quick: bool = False) -> dict[str, Any]:
+    """Reads the repository, and says what is damaged.
+
+    quick: only whether all that should be there is; else every byte. Returns {"ok", "damage": [lines of restic],
+    "backups": names, "incomplete": names}.
+    """
+    repository = Repository(site, secrets)
+    repository.require()
+    damage: list[str] = []
+    try:
+        repository.restic("check", *([] if quick else ["--read-data"]))
+    except BackupError as error:
+        damage = [line for line in str(error).split(" / ") if line]
+    try:
+        found = backups(repository)
+    except BackupError as error:
+        found, damage = [], [*damage, str(error)]
+    return {
+        "ok": not damage,
+        "damage": damage,
+        "backups": [backup.name for backup in found if backup.complete],
+        "incomplete": [backup.name for backup in found if not backup.complete],
+    }
+
+
+def _first(part: Part) -> bool:
+    return part.name.startswith("queues:")
+
+
+def _tags(name: str, part: str) -> list[str]:
+    return ["--tag", f"run={name}", "--tag", f"part={part}"]
+
+
+def _taken(site: Site, repository: Repository, lent: Lent, name: str, part: Part, say: Say) -> dict[str, Any]:
+    """Makes one part; returns {"bytes": of all of it, "added": to the repository, "seconds", counts of a store}."""
+    started = time.monotonic()
+    options = shlex.join(["--json", "--host", site.name, *_tags(name, part.name)])
+    kind, _, which = part.name.partition(":")
+    counts: dict[str, Any] = {}
+    if kind == "site":
+        folder = str(sitefile.INVENTORY / site.name)
+        # The password of the secrets is not kept with them.
+        excluded = ["--exclude", ".vault-password"]
+        printed = repository.restic("backup", *shlex.split(options), *excluded, folder)
+    elif kind == "directory":
+        dump = f"slapcat -f /etc/ldap/slapd.conf -b {site.suffix} -o ldif-wrap=no"
+        source = f"--stdin-filename {DIRECTORY} --stdin-from-command -- {dump}"
+        printed = lent.run(part.node, f"restic backup {options} {source}")
+    elif kind == "queues":
+        tiers = [tier for tier in QUEUES if tier in site.nodes[part.node].tiers]
+        script = "\n".join(_queue_copy(tier) for tier in tiers)
+        paths = f"restic backup {options} {QUEUE_SNAPSHOT}\nrm -rf {QUEUE_SNAPSHOT}"
+        printed = lent.run(part.node, f"rm -rf {QUEUE_SNAPSHOT}\nmkdir -m 0700 {QUEUE_SNAPSHOT}\n{script}\n{paths}")
+    else:
+        snapshot = f"/srv/store/{which}/snapshot"
+        script = f"/usr/local/lib/posthouse/store-snapshot {which}"
+        # A link more to a message changes its ctime; the message itself stays what it was.
+        printed = lent.run(part.node, f"{script}\nrestic backup {options} --ignore-ctime {snapshot}")
+        counts = json.loads(printed.partition("\n")[0])
+    made = summary(printed)
+    seconds = round(time.monotonic() - started, 1)
+    say(f"{part.name}: {made['total_bytes_processed']} bytes, {made['data_added']} of them new, {seconds} s")
+    return {"bytes": made["total_bytes_processed"], "added": made["data_added"], "seconds": seconds, **counts}
+
+
+def _queue_copy(tier: str) -> str:
+    """Copies a queue while its Postfix stands still: for no longer than the copy takes, whatever becomes of us."""
+    unit, target = f"{QUEUES[tier]}.service", f"{QUEUE_SNAPSHOT}/{tier}"
+    return (
+        f"(trap 'systemctl thaw {unit}' EXIT; mkdir {target}; cd /srv/postfix/{tier}\n"
+        f"systemctl freeze {unit}; timeout 20 cp -a --parents {QUEUE_FOLDERS} {target})"
+    )

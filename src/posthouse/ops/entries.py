@@ -1,0 +1,64 @@
+"""The directory in a backup: LDIF as slapcat writes it, without folded lines."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+
+from posthouse.directory import READ, Account, Directory
+
+Entry = dict[str, list[bytes]]
+
+# What slapd keeps about an entry itself; a new one gets its own.
+OPERATIONAL = {
+    "structuralobjectclass",
+    "entryuuid",
+    "creatorsname",
+    "createtimestamp",
+    "entrycsn",
+    "modifiersname",
+    "modifytimestamp",
+    "contextcsn",
+}
+
+
+def parsed(ldif: bytes) -> Iterator[tuple[str, Entry]]:
+    """(dn, {attribute: values}) of every entry, without what slapd keeps itself."""
+    for block in ldif.split(b"\n\n"):
+        dn, entry = "", Entry()
+        for line in block.splitlines():
+            name, colon, value = line.partition(b":")
+            if not colon or name.startswith(b"#"):
+                continue
+            data = base64.b64decode(value[1:]) if value.startswith(b":") else value.removeprefix(b" ")
+            attribute = name.decode()
+            if attribute.lower() == "dn":
+                dn = data.decode()
+            elif attribute.lower() not in OPERATIONAL:
+                entry.setdefault(attribute, []).append(data)
+        if dn:
+            yield dn, entry
+
+
+def accounts(ldif: bytes) -> dict[str, tuple[str, Entry]]:
+    """{address: (dn, entry)} of the accounts."""
+    return {
+        entry["uid"][0].decode(): (dn, entry)
+        for dn, entry in parsed(ldif)
+        if b"posthouseAccount" in entry.get("objectClass", ())
+    }
+
+
+def of_account(ldif: bytes, address: str) -> Entry | None:
+    """The entry of one account, or None. Looks only at what mentions it: a directory may hold a million."""
+    start = ldif.find(f"dn: uid={address},".encode())
+    if start < 0:
+        return None
+    end = ldif.find(b"\n\n", start)
+    return next(parsed(ldif[start : end if end >= 0 else None]))[1]
+
+
+def read(directory: Directory, entry: Entry) -> tuple[Account, str]:
+    """The account that an entry describes, and its password's hash."""
+    text = {name: [value.decode() for value in entry.get(name, ())] for name in READ}
+    return directory.account(text), entry["userPassword"][0].decode()

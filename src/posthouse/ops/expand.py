@@ -1,0 +1,69 @@
+"""A node more: it comes up, is converged, the others learn of it, and it serves. Nothing on them is restarted."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from posthouse import image
+from posthouse.model import Site
+from posthouse.ops import service, state
+from posthouse.ops.state import State
+from posthouse.ops.steps import Refused, Step, carry_out
+from posthouse.remote import Remote
+
+
+def plan(site: Site, have: State, node: str) -> list[Step]:
+    """The steps from `have` to a site in which the node serves; none if it does. Raises Refused."""
+    state.known(site, node)
+    state.need_answers(have, (name for name in site.nodes if name != node))
+    new = node not in have.answers
+    if new and not site.lab:
+        raise Refused(
+            f"{node}: does not answer; switch it on, wait until posthouse provision status says that it is installed, "
+            "and run this again; nothing was changed"
+        )
+    if node in have.drained:
+        raise Refused(f"{node}: is drained; put it back with: posthouse undrain {node}; nothing was changed")
+    if not new and node in have.deployed and service.in_service(have, node) and _in_all_pools(site, have, node):
+        return []
+    steps = [Step("machine", node, "start it, from the image of its class")] if new else []
+    return [
+        *steps,
+        Step("deploy", node, "converge it, and tell the others of it: names, firewalls, balancers' pools"),
+        Step("serve", node, "wait until the balancers send it clients"),
+        Step("verify", node, "verify all of its tiers"),
+    ]
+
+
+def _in_all_pools(site: Site, have: State, node: str) -> bool:
+    """Whether every balancer knows the node, as far as it carries a tier that is in a pool."""
+    if not service.pooled(site, node):
+        return True
+    return all(any(node in servers for servers in pools.values()) for pools in have.pools.values())
+
+
+def expand(site: Site, node: str, check: bool = False) -> dict[str, Any]:
+    """Puts a node of the site file into service. Raises Refused, Stopped. Returns the report of `carry_out`."""
+    started = time.monotonic()
+    state.known(site, node)
+    if site.lab:
+        image.build(site, site.nodes[node].klass)  # from here on this process is in the lab's network
+    remote = Remote(site)
+    steps = plan(site, state.read(site, remote), node)
+
+    def serve(step: Step) -> str:
+        service.await_service(site, remote, step.node)
+        return f"serving {time.monotonic() - started:.0f} s after the command"
+
+    return carry_out(
+        f"expand {node}",
+        steps,
+        {
+            "machine": lambda step: service.machine(site, step.node),
+            "deploy": lambda _: service.deploy(site),
+            "serve": serve,
+            "verify": lambda step: service.verify(site, step.node),
+        },
+        check,
+    )

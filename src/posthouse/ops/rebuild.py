@@ -1,0 +1,154 @@
+"""A dead node comes back: machine, converge, and its data from its peers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from posthouse import image, lab
+from posthouse.model import Site, Store
+from posthouse.ops import service, spool, state
+from posthouse.ops.state import State
+from posthouse.ops.steps import Refused, Step, carry_out
+from posthouse.remote import Remote
+
+# Of a disk, for what is copied back: a spool that fills it takes no mail.
+FILL = 0.9
+
+
+def holders(site: Site, have: State, node: str) -> dict[str, str]:
+    """Of each store on a node: another node that has a copy, the one that serves it now if there is one.
+
+    Raises Refused where there is none.
+    """
+    found = {}
+    for store in stores_of(site, node):
+        members = [store.primary, *store.replicas]
+        # One that lacks something is the last resort: it is better than nothing, and nothing else is there.
+        candidates = [
+            have.primaries.get(store.name, ""),
+            *sorted(members, key=have.behind(store.name)),
+        ]
+        other = next((name for name in candidates if name != node and name in have.answers), None)
+        if not other:
+            raise Refused(
+                f"{store.name}: no node that answers has a copy; bring one of {', '.join(members)} back, or restore it "
+                f"from the backup: posthouse restore; nothing was changed"
+            )
+        found[store.name] = other
+    return found
+
+
+def stores_of(site: Site, node: str) -> list[Store]:
+    """The stores that have their primary or a replica on a node."""
+    return [store for store in site.stores.values() if node in (store.primary, *store.replicas)]
+
+
+def plan(site: Site, have: State, node: str, sizes: dict[str, int]) -> list[Step]:
+    """The steps that make a node anew. sizes: MiB of each store to be copied back. Raises Refused."""
+    state.known(site, node)
+    others = [name for name in site.nodes if name != node]
+    entry = site.nodes[node]
+    if node in have.deployed and node not in have.drained:
+        raise Refused(
+            f"{node}: is alive, and a rebuild wipes its disk; if you mean it, take it out of service first: "
+            f"posthouse drain {node}; nothing was changed"
+        )
+    if not site.lab and node not in have.answers:
+        raise Refused(
+            f"{node}: does not answer; have it installed first: posthouse provision reinstall {node}; "
+            "nothing was changed"
+        )
+    if "directory" in entry.tiers:
+        state.need_answers(have, (name for name in site.directory.providers if name != node))
+        if not any(name in have.answers for name in site.directory.providers if name != node):
+            raise Refused(
+                f"{node}: is the only provider of the directory, so nobody can give it its entries; restore them from "
+                "the backup: posthouse rebuild --site; nothing was changed"
+            )
+    sources = holders(site, have, node)
+    room = site.lab.srv_mib if site.lab else site.classes[entry.klass].disk_gib * 1024
+    if sum(sizes.values()) > room * FILL:
+        raise Refused(
+            f"{node}: no room: {', '.join(sizes)} are {sum(sizes.values())} MiB and /srv has {room:.0f} MiB, of which "
+            f"{FILL:.0%} may be used; give it a larger disk; nothing was changed"
+        )
+    steps = []
+    if site.lab:
+        steps.append(Step("machine", node, "throw away what is left of it, start it from the image of its class"))
+    steps += [Step("copy", node, f"copy {name} from {source}", name) for name, source in sources.items()]
+    steps.append(Step("deploy", node, "converge it; its directory fills itself from a provider"))
+    if "lb" in entry.tiers:
+        steps += [
+            Step("pools", node, f"tell its balancer that {name} is drained", name)
+            for name in others
+            if name in have.drained
+        ]
+    # Its primaries still believe in connections to the node that died, and would until the next change.
+    steps += [
+        Step("link", source, f"connect {name}'s replication to {node} anew", name)
+        for name, source in sources.items()
+        if have.primaries.get(name) == source
+    ]
+    if node in have.drained or node not in have.deployed:
+        steps.append(Step("ready", node, "put it into the balancers' pools"))
+    return [
+        *steps,
+        Step("serve", node, "wait until the balancers send it clients"),
+        Step("verify", node, "verify all of its tiers"),
+    ]
+
+
+def rebuild(site: Site, node: str, check: bool = False, measure: bool = False) -> dict[str, Any]:
+    """Makes a dead node anew from image, site file, secrets and its peers. Raises Refused, Stopped.
+
+    measure: copies each store's files a second time without care, to have something to compare with.
+    Returns the report of `carry_out`, and "copies": {store: see spool.report}.
+    """
+    started = time.monotonic()
+    state.known(site, node)
+    if site.lab:
+        image.build(site, site.nodes[node].klass)  # from here on this process is in the lab's network
+    remote = Remote(site)
+    have = state.read(site, remote)
+    sources = holders(site, have, node)
+    sizes = {name: spool.sizes(remote, source, [name])[name] for name, source in sources.items()}
+    copies: dict[str, Any] = {}
+
+    def machine(step: Step) -> str:
+        lab.wipe(site.name, step.node)
+        what = service.machine(site, step.node)
+        # Until it serves it counts as drained: who stops half-way may run the same command again.
+        state.mark(remote, step.node, {"for": "rebuild", "since": time.strftime("%FT%T%z")})
+        return what
+
+    def copy(step: Step) -> str:
+        copied = spool.copy(remote, step.what, sources[step.what], step.node)
+        beside = spool.raw(remote, step.what, sources[step.what], step.node) if measure else None
+        copies[step.what] = spool.report(copied, beside)
+        return ", ".join(f"{name}: {value}" for name, value in copies[step.what].items())
+
+    def ready(step: Step) -> str:
+        state.unmark(remote, step.node)
+        return service.pools(site, step.node, "ready") if service.pooled(site, step.node) else ""
+
+    def serve(step: Step) -> str:
+        service.await_service(site, remote, step.node)
+        return f"serving {time.monotonic() - started:.0f} s after the command"
+
+    report = carry_out(
+        f"rebuild {node}",
+        plan(site, have, node, sizes),
+        {
+            "machine": machine,
+            "copy": copy,
+            "deploy": lambda step: service.deploy(site, step.node),
+            "link": lambda step: remote.run(step.node, f"systemctl try-restart 'cyrus-sync-{step.what}@{node}'"),
+            "pools": lambda step: service.pools(site, step.what, "drain", 0, limit=step.node, force=True),
+            "ready": ready,
+            "serve": serve,
+            "verify": lambda step: service.verify(site, step.node),
+        },
+        check,
+    )
+    return report | {"copies": copies}

@@ -1,0 +1,233 @@
+"""The backup repository of a site: restic, on the controller or wherever rclone on the controller reaches.
+
+Nodes hold nothing of it. For as long as an operation takes, the controller lends it to them: an append-only server on
+its loopback, which a node sees as a socket that only its root may open. The password goes by standard input.
+
+    repository = Repository(site, secrets)
+    with repository.lent(remote, ["mail1"]) as lent:
+        lent.run("mail1", "restic backup --json /srv/store/s01/snapshot")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets as random
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from posthouse import PosthouseError
+from posthouse.model import Site
+from posthouse.remote import Remote
+from posthouse.secrets import Secrets
+
+# restic and rclone, with the packages that hold them.
+PROGRAMS = {"restic": "restic", "rclone": "rclone"}
+# Nodes keep what restic already knows of the repository here; without it each backup asks for all of it again.
+CACHE = "/var/cache/posthouse-restic"
+LONGEST = 24 * 3600  # s; a first backup of a large store
+
+
+class BackupError(PosthouseError):
+    """A backup or restore that cannot be; the message says where, what, and what to do."""
+
+
+class Repository:
+    """The repository, as its owner sees it."""
+
+    def __init__(self, site: Site, secrets: Secrets) -> None:
+        self.site = site
+        self.place: str = site.backup.place(site.name)
+        self._password = secrets.passwords["backup_repository"]
+        missing = [package for program, package in PROGRAMS.items() if not shutil.which(program)]
+        if missing:
+            raise BackupError(f"this machine lacks {' and '.join(missing)}; run: posthouse doctor --fix")
+
+    def exists(self) -> bool:
+        """Whether there is a repository at all, and our password opens it. Raises BackupError if it does not."""
+        if self.place.startswith("/") and not (Path(self.place) / "config").is_file():
+            if (Path(self.place) / "keys").is_dir():
+                raise BackupError(f"{self.place}: damaged: its file config is gone; put it back from a copy")
+            return False
+        try:
+            self.restic("cat", "config")
+        except BackupError as error:
+            if "unable to open config file" in str(error) or "Is there a repository" in str(error):
+                return False
+            raise
+        return True
+
+    def ensure(self) -> bool:
+        """Makes the repository if there is none; returns whether it did."""
+        if self.exists():
+            return False
+        if self.place.startswith("/"):
+            Path(self.place).mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.restic("init")
+        return True
+
+    def require(self) -> None:
+        """Raises BackupError unless the repository is there and opens."""
+        if not self.exists():
+            raise BackupError(
+                f"{self.place}: no backup repository there; mount the disk it is on, or correct backup.repository, "
+                f"or make the first one: posthouse backup {self.site.name}"
+            )
+
+    def restic(self, *arguments: str, text: str | None = None) -> str:
+        """What restic prints, run on the controller with all rights. Raises BackupError with what it complained of."""
+        environment = os.environ | {"RESTIC_REPOSITORY": self.place, "RESTIC_PASSWORD": self._password}
+        done = subprocess.run(
+            ["restic", "--no-cache", *arguments],
+            env=environment,
+            input=text or "",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise BackupError(f"{self.place}: {_advice(done.stderr.strip() or done.stdout.strip())}")
+        return done.stdout
+
+    def dump(self, snapshot: str, path: str) -> bytes:
+        """One file out of a snapshot."""
+        environment = os.environ | {"RESTIC_REPOSITORY": self.place, "RESTIC_PASSWORD": self._password}
+        done = subprocess.run(
+            ["restic", "--no-cache", "dump", snapshot, path], env=environment, capture_output=True, check=False
+        )
+        if done.returncode:
+            raise BackupError(f"{self.place}: {_advice(done.stderr.decode(errors='replace').strip())}")
+        return done.stdout
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        """The site's snapshots, oldest first: [{"id", "run", "part", "time", "paths"}]."""
+        found = []
+        for item in json.loads(self.restic("snapshots", "--json", "--host", self.site.name)) or []:
+            tags = dict(tag.partition("=")[::2] for tag in item.get("tags") or ())
+            if "run" in tags:
+                place = {"id": item["id"], "time": item["time"], "paths": item["paths"]}
+                found.append(place | {"run": tags["run"], "part": tags["part"]})
+        return sorted(found, key=lambda item: (item["run"], item["part"]))
+
+    @contextlib.contextmanager
+    def lent(self, remote: Remote, nodes: Iterable[str]) -> Iterator[Lent]:
+        """Lends the repository to some nodes for a while: they can read and add, and not remove."""
+        port, password = _free_port(), random.token_urlsafe(24)
+        served = self.place.removeprefix("rclone:")
+        with contextlib.ExitStack() as stack:
+            server = subprocess.Popen(
+                [
+                    *("rclone", "serve", "restic", "--append-only", "--cache-objects=false"),
+                    *("--config", _rclone_config(), "--addr", f"127.0.0.1:{port}", served),
+                ],
+                env=os.environ | {"RCLONE_USER": "node", "RCLONE_PASS": password},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            stack.callback(end, server)
+            _until_open(port, server)
+            lent = Lent(remote, self._password, password)
+            for node in nodes:
+                stack.callback(end, lent.connect(node, port))
+            yield lent
+
+
+class Lent:
+    """A repository that nodes may use for now."""
+
+    def __init__(self, remote: Remote, password: str, server_password: str) -> None:
+        self._remote = remote
+        self._environment = {
+            "RESTIC_PASSWORD": password,
+            "RESTIC_REST_USERNAME": "node",
+            "RESTIC_REST_PASSWORD": server_password,
+            "RESTIC_CACHE_DIR": CACHE,
+        }
+        self._socket = f"/run/posthouse-backup-{random.token_hex(6)}"
+
+    def connect(self, node: str, port: int) -> subprocess.Popen[bytes]:
+        """Brings the controller's port to a node, as a socket; returns the process that keeps it there."""
+        # A connection of its own: one shared with others would keep the socket open after we are done.
+        link = subprocess.Popen(
+            [
+                *("ssh", "-F", self._remote.config, "-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes"),
+                *("-o", "StreamLocalBindMask=0177", "-R", f"{self._socket}:127.0.0.1:{port}", node),
+                # Ends, and takes the socket away, when we close its input, however we end.
+                f"echo ready; cat >/dev/null; rm -f {self._socket}; echo closed",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert link.stdout is not None and link.stderr is not None
+        if link.stdout.readline() != b"ready\n":
+            complaint = link.stderr.read().decode(errors="replace").strip()
+            raise BackupError(f"{node}: the repository cannot be lent to it: {complaint}; see that its ssh works")
+        return link
+
+    def run(self, node: str, script: str, timeout: float = LONGEST) -> str:
+        """What a shell script prints on a node, in which `restic` is the repository's. Raises RemoteError."""
+        values = self._environment | {"RESTIC_REPOSITORY": f"rest:http+unix://{self._socket}:/"}
+        lines = [f"export {name}='{value}'" for name, value in values.items()]
+        return self._remote.run(node, "bash -euo pipefail -s", "\n".join([*lines, script, ""]), timeout)
+
+
+def summary(printed: str) -> dict[str, Any]:
+    """The last line of `restic backup --json`, about the snapshot it made."""
+    for line in reversed(printed.splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            item = json.loads(line)
+            if isinstance(item, dict) and item.get("message_type") == "summary":
+                return item
+    raise BackupError("restic did not say what it backed up; run the command again")
+
+
+def _advice(complaint: str) -> str:
+    """restic's complaint as one sentence with what to do."""
+    if "wrong password" in complaint or "no key found" in complaint:
+        return (
+            "the password in the site's secrets (backup_repository) does not open it; put back the secrets that it was "
+            "made with"
+        )
+    line = " / ".join(part.strip() for part in complaint.splitlines() if part.strip())
+    return f"{line or 'restic failed without a word'}; see what is damaged with: posthouse backup check"
+
+
+def _rclone_config() -> str:
+    """rclone's own configuration, where the operator may have named remotes."""
+    return os.environ.get("RCLONE_CONFIG", str(Path.home() / ".config/rclone/rclone.conf"))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _until_open(port: int, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    raise BackupError(
+        "rclone: does not serve the repository on this machine's loopback; try: rclone serve restic --help"
+    )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that we started, of its own accord where closing its input makes it go."""
+    if process.stdin:
+        process.stdin.close()
+        if process.stdout:
+            # What it does last on its node is done then. It itself may wait for connections that we still hold.
+            process.stdout.readline()
+    process.terminate()
+    process.wait()
