@@ -355,6 +355,25 @@ def bench_converge(
     )
 
 
+@bench_app.command("provision")
+def bench_provision(site: SiteName = "lab", as_json: Json = False) -> None:
+    """Sizes, phases of the machines that were installed, and serving 1, 10 and 50 simulated machines at once."""
+    from posthouse.provision import bench
+
+    result = bench.bench(load(site))
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    console.print(f"image of {result['image'].pop('class')}: {result['image']} MiB".replace("'", ""), markup=False)
+    columns = ("clients", "seconds", "mib_s", "memory_mib")
+    rows = [[row[column] for column in columns] for row in result["serving"]]
+    console.print(table("\nserving simulated machines at once", *columns, rows=rows))
+    for name, phases in result["machines"].items():
+        console.print(f"{name}: " + ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in phases.items()))
+    if result["containers"]:
+        console.print("{nodes} nodes as containers: {seconds} s".format(**result["containers"]))
+
+
 def main() -> None:
     """Entry point: errors are one sentence that names the place, the reason and the fix."""
     started = time.monotonic()

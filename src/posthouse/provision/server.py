@@ -15,7 +15,7 @@ import logging
 import ssl
 import tempfile
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from aiohttp import web
 from netaddr import EUI, AddrFormatError, mac_unix_expanded
@@ -52,9 +52,6 @@ class Server:
 
     def __post_init__(self) -> None:
         self.by_mac = {node.mac: node for node in self.site.nodes.values() if node.mac}
-        self.layouts: dict[str, disks.Layout] = {}
-        # Records wait for the disk; one thread of their own keeps the rest going.
-        self.lock = asyncio.Lock()
 
     def by_http(self) -> web.Application:
         """The application for what is no secret."""
@@ -146,12 +143,11 @@ class Server:
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if not node or not node.mac or not self.records.read(node.name).knows(token):
             raise web.HTTPForbidden(text="this token is not the one of the machine's last boot")
-        request["node"] = node
         return await handler(request)
 
     async def hardware(self, request: web.Request) -> web.Response:
         """What a machine has → what it is to do, or why it is to do nothing."""
-        node: Node = request["node"]
+        node = self._speaker(request)
         report = await request.text()
         install = self.site.classes[node.klass].install
         with self.records.change(node.name) as record:
@@ -171,7 +167,7 @@ class Server:
                 log.warning("%s: refused: %s", node.name, reason)
                 return web.Response(status=409, text=reason)
             record.begun, record.disks = True, [disk.record() for disk in chosen]
-        self.layouts[node.name] = layout
+            record.layout = asdict(layout)
         log.info("%s: to be written: %s", node.name, ", ".join(map(str, chosen)))
         if install.method in SOURCES:
             return web.Response(text=" ".join(layout.boot_disks))
@@ -190,29 +186,27 @@ class Server:
         said = await request.text()
         if said not in PHASES:
             raise web.HTTPBadRequest(text=f"the phases are {', '.join(PHASES)}")
-        with self.records.change(request["node"].name) as record:
+        with self.records.change(self._speaker(request).name) as record:
             record.enter(PHASES[said])
-        log.info("%s: %s", request["node"].name, said)
+        log.info("%s: %s", self._speaker(request).name, said)
         return web.Response()
 
     async def identity(self, request: web.Request) -> web.Response:
         """What makes the machine this node."""
-        node: Node = request["node"]
+        node = self._speaker(request)
         layout = None
         if self.site.classes[node.klass].install.method in SOURCES:
             mirror = await asyncio.to_thread(image.mirror)
             sources = "".join(f"{line}\n" for line in mirror.sources)
         else:
-            layout = self.layouts.get(node.name)
-            if not layout:
-                raise web.HTTPConflict(text="the server was started anew meanwhile; boot the machine again")
+            layout = disks.Layout(**self.records.read(node.name).layout)
             sources = (self.media[node.klass].tree / "etc/apt/sources.list").read_text()
         made = identity.files(self.site, node, layout, self.secrets.ssh["public"], sources)
         return web.Response(body=identity.stream(made))
 
     async def installed(self, request: web.Request) -> web.Response:
         """The machine is done, and this is the host key that it made for itself."""
-        node: Node = request["node"]
+        node = self._speaker(request)
         key = (await request.text()).strip()
         try:
             await asyncio.to_thread(vault.note_host_key, self.site, node, key)
@@ -226,10 +220,14 @@ class Server:
     async def failed(self, request: web.Request) -> web.Response:
         """The machine gave up."""
         reason = (await request.text())[:500]
-        with self.records.change(request["node"].name) as record:
+        with self.records.change(self._speaker(request).name) as record:
             record.enter("failed", reason)
-        log.warning("%s: failed: %s", request["node"].name, reason)
+        log.warning("%s: failed: %s", self._speaker(request).name, reason)
         return web.Response()
+
+    def _speaker(self, request: web.Request) -> Node:
+        """The node for which a request came in that was admitted."""
+        return self.site.nodes[request.match_info["node"]]
 
     def _node(self, mac: str) -> Node | None:
         try:
