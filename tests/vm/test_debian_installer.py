@@ -79,6 +79,7 @@ def seen() -> Iterator[Seen]:
         disks = ((8, "ours-1"), (8, "another-1"))
         lab.power_on(site, NODE, Machine(str(site.nodes[NODE].mac), False, 1024, disks))
         state = layout.node_state(NODE)
+        (state / "console").touch()  # QEMU makes it a moment later, and adds to what is there
         records = Records(site)
         deadline = time.monotonic() + PATIENCE
         while QUESTION not in (console := (state / "console").read_text(errors="replace")):
