@@ -675,8 +675,9 @@ class Site(Strict):
                 elif "store" not in self._tiers_of[member]:
                     yield ("stores", name, role), f"{member} does not carry the tier store; choose a node that does"
                 elif member in spares:
-                    reason = f"{member} is a spare, which holds no store until it is put to use"
-                    yield ("stores", name, role), f"{reason}; run: posthouse expand {member}"
+                    reason = f"{member} is a spare, which holds no store"
+                    fix = f"take `spare: true` from its line, then run: posthouse expand {member}"
+                    yield ("stores", name, role), f"{reason}; {fix}"
                 if entry.replicas.count(member) > 1:
                     yield ("stores", name, role), f"{member} is listed twice; list each node once"
             if entry.primary in entry.replicas:

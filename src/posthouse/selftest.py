@@ -52,7 +52,7 @@ def _prepare(site: Site) -> bool:
 
 
 def _suite(suite: str, full: bool, counts: dict[str, int]) -> None:
-    arguments = [f"tests/{suite}", *(["--full"] if full and suite == "lab" else [])]
+    arguments = [f"tests/{suite}", *(["--full"] if full and suite in ("lab", "vm") else [])]
     if suite == "verify":
         arguments += ["--site", SITE, *run.VERIFY]
     with phase(f"tests/{suite}"):

@@ -10,6 +10,7 @@
     lab.enter(name)                     this process now sees the lab's network, as the site's controller
     lab.command(name, node)             what to put before a command to run it on a node, without ssh
     lab.refresh(site, secrets)          DNS as the site says now
+    lab.hub(site, secrets)              the lab's network without any node
     lab.provide(site)                   the server that machines boot from; lab.power_on(site, node) boots one
 
 Each may be killed at any moment; running it again, or `down`, puts things right.
@@ -48,6 +49,7 @@ __all__ = [
     "down",
     "ensure_requirements",
     "enter",
+    "hub",
     "kill",
     "power_on",
     "provide",
@@ -101,6 +103,13 @@ def up(site: Site, secrets: Secrets, vms: Collection[str] = (), efi: bool = Fals
         provide(site)
         outcomes |= dict(_each(functools.partial(_bring_machine, layout, site, efi), sorted(machines)))
     return outcomes
+
+
+def hub(site: Site, secrets: Secrets) -> None:
+    """The controller's side of a lab, for machines that need no other node. Raises LabError."""
+    layout = Layout(site.name)
+    with _locked(layout):
+        _hub(layout, site, secrets)
 
 
 def provide(site: Site) -> None:
