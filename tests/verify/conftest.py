@@ -69,7 +69,8 @@ def ctx(node_name: str, request: pytest.FixtureRequest) -> dict[str, Any]:
 def node_stores(ctx: dict[str, Any], stores: dict[str, failover.State]) -> list[dict[str, Any]]:
     """The stores on the node, each with the role that it has there now."""
     return [
-        store | {"role": "primary" if (now := stores[store["name"]].primary) == ctx["node"]["name"] else "replica"}
+        store
+        | {"role": "primary" if (now := stores[store["name"]].primary) == ctx["node"]["name"] else "replica"}
         | {"primary": now}
         for store in ctx["node_stores"]
     ]

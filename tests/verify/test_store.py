@@ -88,7 +88,9 @@ def test_mail_comes_in_by_the_gate_alone(host: Any, node_stores: list[Variables]
     assert all('"store-gate"' in line or '"python3"' in line for line in lines)
 
 
-def test_nodes_agree_on_who_serves(host: Any, ctx: Variables, stores: dict[str, Any], node_stores: list[Variables]) -> None:
+def test_nodes_agree_on_who_serves(
+    host: Any, ctx: Variables, stores: dict[str, Any], node_stores: list[Variables]
+) -> None:
     """Every store has one primary, which is alive, and a replica that could take over at once."""
     if ctx["cluster"] is None:
         return
@@ -119,7 +121,11 @@ def test_etcd_is_sound_and_for_store_nodes_alone(host: Any, ctx: Variables) -> N
     ask = f"ETCDCTL_API=3 etcdctl --endpoints {where} --cacert /etc/ssl/posthouse/ca.pem"
     listed = host.check_output(f"{ask} {certificate} member list")
     assert {line.split(", ")[2] for line in listed.splitlines()} == set(members)
-    assert "is healthy" in host.run(f"{ask} {certificate} endpoint health").stderr + host.run(f"{ask} {certificate} endpoint health").stdout
+    assert (
+        "is healthy"
+        in host.run(f"{ask} {certificate} endpoint health").stderr
+        + host.run(f"{ask} {certificate} endpoint health").stdout
+    )
     assert host.run(f"{ask} --command-timeout 3s endpoint health").rc != 0, "it lets in whoever has no certificate"
 
 
@@ -271,7 +277,9 @@ def test_what_sieve_sends_can_be_queued(host: Any, primaries: list[Variables]) -
         assert "rw" in mount.split()[5].split(",")
 
 
-def test_deleted_mail_is_kept_for_as_long_as_the_site_says(host: Any, ctx: Variables, node_stores: list[Variables]) -> None:
+def test_deleted_mail_is_kept_for_as_long_as_the_site_says(
+    host: Any, ctx: Variables, node_stores: list[Variables]
+) -> None:
     for store in node_stores:
         events = host.file(f"/etc/cyrus/{store['name']}/now/cyrus.conf").content_string
         assert re.search(rf'cyr_expire .*-X {ctx["store_undelete_days"]}"', events)
