@@ -80,7 +80,7 @@ def home(site: Any, posthouse: Callable[..., str]) -> Iterator[dict[str, failove
 
 
 def test_planned(platform, nodes, friend, people, world, site, posthouse, home):
-    """A store moves to its replica and back under mail: no sender or reader fails, nothing comes twice, deploy sees no change"""
+    """A store moves to its replica and back under mail: no sender fails, nothing comes twice, deploy changes nothing"""
     store = people.alice.store
     old, new = home[store].primary, home[store].in_sync[0]
     everybody = [people.alice, people.bob]
@@ -154,7 +154,7 @@ def rounds(platform, nodes, friend, people, world, site, posthouse, count: int) 
 
 
 def test_power_cuts(platform, nodes, friend, people, world, site, posthouse):
-    """Nodes that serve stores lose power under mail, also while replication lags: others take over within 10 s, lost 0"""
+    """Nodes lose power under mail, also while replication lags: others serve their stores within 10 s, lost 0"""
     rounds(platform, nodes, friend, people, world, site, posthouse, 2)
 
 
