@@ -146,8 +146,8 @@ class Mailboxes:
     def _error(self, protocol: str, error: Exception) -> StoreError:
         reason = str(error) or type(error).__name__
         return StoreError(
-            f"{self.store.name} ({protocol} at {self.store.address}, primary {self.store.primary}): {reason}; "
-            f"when the store is up, run the command again"
+            f"{self.store.name} ({protocol} at {self.store.address}): {reason}; "
+            "posthouse stores says who serves it; when the store is up, run the command again"
         )
 
 

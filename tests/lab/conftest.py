@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from posthouse import lab, run, sitefile
+from posthouse.ops import failover
 from posthouse.probe.clients import WORLD, Imap, Person, Platform, Smtp, World, eventually, introduce, letter
 
 # Harmless first, disruptive last.
@@ -36,6 +37,7 @@ ORDER = [
     "test_changes",
     "test_outages",
     "test_nodes",
+    "test_failover",
 ]
 SITE = pytest.StashKey[Any]()
 
@@ -111,6 +113,10 @@ class Nodes:
     def serving(self, node: str) -> bool:
         """Whether all that a node should do is up."""
         return self.run(node, "systemctl is-system-running || true").strip() == "running"
+
+    def primary(self, store: str) -> str:
+        """The node that serves a store now."""
+        return failover.primaries(self.site)[store]
 
     def waiting_for(self, address: str) -> list[str]:
         """Why mail for an address waits in a queue: one reason for each message."""

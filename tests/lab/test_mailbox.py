@@ -30,7 +30,7 @@ def test_right_store(platform, nodes, people):
         for store in platform.site.stores.values():
             path = f"runuser -u cyrus -- /usr/lib/cyrus/bin/mbpath -q -C /etc/cyrus/{store.name}/imapd.conf"
             there = nodes.run(
-                store.primary,
+                nodes.primary(store.name),
                 f"{path} 'user/{local}/Ours@{domain}' >/dev/null && echo folder; "
                 f"scripts=$({path} -S -u {person.address}) && ls $scripts/ours.* >/dev/null && echo script; true",
             )

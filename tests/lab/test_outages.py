@@ -80,7 +80,7 @@ def test_no_store(platform, nodes, friend, people, world):
     """With a store stopped its mail is taken and waits, others' mail flows, and all is delivered when it is back"""
     store = platform.site.stores[people.alice.store]
     ledger = Ledger()
-    with stopped(nodes, "store", f"cyrus@{store.name}", only=store.primary):
+    with stopped(nodes, "store", f"cyrus@{store.name}", only=nodes.primary(store.name)):
         for person in (people.alice, people.bob):
             for _ in range(3):
                 message = letter(SENDER, person.address)
@@ -121,7 +121,7 @@ def test_drain(platform, nodes, friend, people, site, posthouse):
 def test_provider_lost(platform, nodes, friend, people, world, site, posthouse):
     """A mail node with a directory provider loses power: mail flows, accounts change, nothing is lost"""
     lost, kept = site.directory.providers[:2]
-    others = [person for person in (people.bob, people.carol) if site.stores[person.store].primary != lost]
+    others = [person for person in (people.bob, people.carol) if nodes.primary(person.store) != lost]
     everybody = [*others, people.alice]
     new = f"new-{people.bob.address}"
     ledger = Ledger()

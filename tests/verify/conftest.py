@@ -13,6 +13,7 @@ import pytest
 import testinfra
 
 from posthouse import render, roles, run, secrets, sitefile
+from posthouse.ops import failover
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 SITE = pytest.StashKey[Any]()
+STORES = pytest.StashKey[Any]()
 SSH = pytest.StashKey[Any]()
 
 
@@ -49,11 +51,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
+def stores(request: pytest.FixtureRequest) -> dict[str, failover.State]:
+    """Who serves each store now, and which replicas are in sync; asked once."""
+    stash = request.config.stash
+    if STORES not in stash:
+        stash[STORES] = failover.states(stash[SITE], watch=True)
+    return stash[STORES]
+
+
+@pytest.fixture
 def ctx(node_name: str, request: pytest.FixtureRequest) -> dict[str, Any]:
     """All template variables of the node, its secrets included."""
     site = request.config.stash[SITE]
     node = site.nodes[node_name]
     return render.shared_variables(site) | render.node_variables(site, node) | secrets.load(site).for_node(node)
+
+
+@pytest.fixture
+def node_stores(ctx: dict[str, Any], stores: dict[str, failover.State]) -> list[dict[str, Any]]:
+    """The stores on the node, each with the role that it has there now."""
+    return [
+        store
+        | {"role": "primary" if (now := stores[store["name"]].primary) == ctx["node"]["name"] else "replica"}
+        | {"primary": now}
+        for store in ctx["node_stores"]
+    ]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ TOOLS = "/usr/lib/cyrus/bin"
 ADMINISTRATOR = r"""
 import imaplib, ssl, sys
 store, host, command = sys.argv[1:]
-password = dict(line.split() for line in open(f"/etc/cyrus/{store}/users"))["admin"]
+password = dict(line.split() for line in open(f"/etc/cyrus/{store}/now/users"))["admin"]
 client = imaplib.IMAP4_SSL(host, 993, ssl_context=ssl.create_default_context(cafile="/etc/ssl/posthouse/ca.pem"))
 client.authenticate("PLAIN", lambda _: f"\0admin\0{password}".encode())
 print(client.xatom(command)[0])
@@ -28,21 +28,21 @@ client.logout()
 
 
 @pytest.fixture
-def primaries(ctx: Variables) -> list[Variables]:
-    return [store for store in ctx["node_stores"] if store["role"] == "primary"]
+def primaries(node_stores: list[Variables]) -> list[Variables]:
+    return [store for store in node_stores if store["role"] == "primary"]
 
 
 @pytest.fixture
-def replicas(ctx: Variables) -> list[Variables]:
-    return [store for store in ctx["node_stores"] if store["role"] == "replica"]
+def replicas(node_stores: list[Variables]) -> list[Variables]:
+    return [store for store in node_stores if store["role"] == "replica"]
 
 
-def listeners(ctx: Variables) -> set[str]:
+def listeners(ctx: Variables, node_stores: list[Variables]) -> set[str]:
     """What the node's instances listen on, and nothing else."""
     expected = set()
-    for store in ctx["node_stores"]:
+    for store in node_stores:
         if store["role"] == "primary":
-            expected |= {f"{store['address']}:{port}" for port in (24, 143, 993, 995, 4190)}
+            expected |= {f"{store['address']}:{port}" for port in (143, 993, 995, 4190)}
         else:
             expected.add(f"{ctx['node']['address']}:{store['replication_port']}")
     return expected
@@ -54,23 +54,23 @@ def effective(host: Any, store: Variables) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in output.splitlines())}
 
 
-def test_instances_run_and_come_back(host: Any, ctx: Variables) -> None:
-    for store in ctx["node_stores"]:
+def test_instances_run_and_come_back(host: Any, node_stores: list[Variables]) -> None:
+    for store in node_stores:
         service = host.service(f"cyrus@{store['name']}")
         assert service.is_running, store["name"]
         assert service.is_enabled, store["name"]
     assert host.file("/etc/systemd/system/cyrus-imapd.service").linked_to == "/dev/null"
 
 
-def test_every_listener_greets_as_its_protocol_wants(host: Any, ctx: Variables) -> None:
+def test_every_listener_greets_as_its_protocol_wants(host: Any, node_stores: list[Variables]) -> None:
     """Cyrus gives up on a listener whose processes failed five times, and goes on without it."""
-    for store in ctx["node_stores"]:
+    for store in node_stores:
         host.run_expect([0], f"/usr/local/lib/posthouse/store-ready {store['name']}")
 
 
-def test_instances_listen_on_their_own_addresses_alone(host: Any, ctx: Variables) -> None:
+def test_instances_listen_on_their_own_addresses_alone(host: Any, ctx: Variables, node_stores: list[Variables]) -> None:
     lines = host.check_output("ss -Hltnp").splitlines()
-    assert {line.split()[3] for line in lines if '"cyrmaster"' in line} == listeners(ctx)
+    assert {line.split()[3] for line in lines if '"cyrmaster"' in line} == listeners(ctx, node_stores)
 
 
 def test_the_primary_and_nobody_else_holds_the_address(host: Any, ctx: Variables, primaries: list[Variables]) -> None:
@@ -78,17 +78,68 @@ def test_the_primary_and_nobody_else_holds_the_address(host: Any, ctx: Variables
     assert held & {store["address"] for store in ctx["stores"]} == {store["address"] for store in primaries}
 
 
-def test_processes_belong_to_cyrus(host: Any, ctx: Variables) -> None:
-    for store in ctx["node_stores"]:
+def test_mail_comes_in_by_the_gate_alone(host: Any, node_stores: list[Variables]) -> None:
+    for store in node_stores:
+        gate = host.service(f"store-gate@{store['name']}")
+        assert gate.is_running == (store["role"] == "primary"), store["name"]
+    lines = host.check_output("ss -Hltnp 'sport = :24'").splitlines()
+    served = {f"{store['address']}:24" for store in node_stores if store["role"] == "primary"}
+    assert {line.split()[3] for line in lines} == served
+    assert all('"store-gate"' in line or '"python3"' in line for line in lines)
+
+
+def test_nodes_agree_on_who_serves(
+    host: Any, ctx: Variables, stores: dict[str, Any], node_stores: list[Variables]
+) -> None:
+    """Every store has one primary, which is alive, and a replica that could take over at once."""
+    if ctx["cluster"] is None:
+        return
+    for store in node_stores:
+        assert host.service(f"store-keeper@{store['name']}").is_running
+        state = stores[store["name"]]
+        assert state.alive, f"{store['name']}: no sign of life from {state.primary}"
+        assert state.in_sync or not store["peers"], f"{store['name']}: no replica is in sync"
+        assert host.file(f"/etc/cyrus/{store['name']}/now").linked_to.endswith(f"/{store['role']}")
+
+
+def test_a_keeper_that_hangs_takes_its_store_with_it(host: Any, ctx: Variables, node_stores: list[Variables]) -> None:
+    if ctx["cluster"] is None:
+        return
+    for store in node_stores:
+        keeper, instance = f"store-keeper@{store['name']}.service", f"cyrus@{store['name']}"
+        assert host.check_output(f"systemctl show -P WatchdogUSec {keeper}") == "3s"
+        assert keeper in host.check_output(f"systemctl show -P BindsTo {instance}").split()
+
+
+def test_etcd_is_sound_and_for_store_nodes_alone(host: Any, ctx: Variables) -> None:
+    members = {member["name"]: member["address"] for member in (ctx["cluster"] or {"members": []})["members"]}
+    if ctx["node"]["name"] not in members:
+        assert not host.service("etcd").is_running
+        return
+    where = f"https://{members[ctx['node']['name']]}:2379"
+    certificate = "--cert /etc/ssl/posthouse/node.pem --key /etc/ssl/posthouse/node.key"
+    ask = f"ETCDCTL_API=3 etcdctl --endpoints {where} --cacert /etc/ssl/posthouse/ca.pem"
+    listed = host.check_output(f"{ask} {certificate} member list")
+    assert {line.split(", ")[2] for line in listed.splitlines()} == set(members)
+    assert (
+        "is healthy"
+        in host.run(f"{ask} {certificate} endpoint health").stderr
+        + host.run(f"{ask} {certificate} endpoint health").stdout
+    )
+    assert host.run(f"{ask} --command-timeout 3s endpoint health").rc != 0, "it lets in whoever has no certificate"
+
+
+def test_processes_belong_to_cyrus(host: Any, node_stores: list[Variables]) -> None:
+    for store in node_stores:
         group = host.check_output(f"systemctl show --property ControlGroup --value cyrus@{store['name']}")
         pids = host.check_output(f"cat /sys/fs/cgroup{group}/cgroup.procs").split()
         assert pids
         assert set(host.check_output(f"ps --no-headers -o user= -p {','.join(pids)}").split()) == {"cyrus"}
 
 
-def test_processes_have_no_more_rights_than_they_need(host: Any, ctx: Variables) -> None:
+def test_processes_have_no_more_rights_than_they_need(host: Any, node_stores: list[Variables]) -> None:
     limits = "ProtectSystem=strict", "PrivateDevices=yes", "CapabilityBoundingSet=cap_net_bind_service"
-    for store in ctx["node_stores"]:
+    for store in node_stores:
         unit = f"cyrus@{store['name']}"
         for limit in limits:
             assert host.check_output(f"systemctl show --property {limit.partition('=')[0]} {unit}") == limit
@@ -170,13 +221,13 @@ def test_replica_is_being_written_to_by_its_primary(host: Any, ctx: Variables, r
         assert host.check_output(f"ss -Htn state established {primary}"), f"{store['primary']} is not connected"
 
 
-def test_cyrus_knows_every_setting(host: Any, ctx: Variables) -> None:
-    for store in ctx["node_stores"]:
-        files = f"-C /etc/cyrus/{store['name']}/imapd.conf -M /etc/cyrus/{store['name']}/cyrus.conf"
+def test_cyrus_knows_every_setting(host: Any, node_stores: list[Variables]) -> None:
+    for store in node_stores:
+        files = f"-C /etc/cyrus/{store['name']}/imapd.conf -M /etc/cyrus/{store['name']}/now/cyrus.conf"
         assert host.check_output(f"{TOOLS}/cyr_info {files} conf-lint") == ""
 
 
-def test_settings_are_in_force(host: Any, ctx: Variables) -> None:
+def test_settings_are_in_force(host: Any, ctx: Variables, node_stores: list[Variables]) -> None:
     expected = {
         "virtdomains": "userid",
         "unixhierarchysep": "yes",
@@ -196,7 +247,7 @@ def test_settings_are_in_force(host: Any, ctx: Variables) -> None:
         "autocreate_post": "yes",
         "autocreate_quota": "0",
     }
-    for store in ctx["node_stores"]:
+    for store in node_stores:
         wanted = expected | {
             "servername": store["host"],
             "configdirectory": f"/srv/store/{store['name']}/config",
@@ -226,26 +277,29 @@ def test_what_sieve_sends_can_be_queued(host: Any, primaries: list[Variables]) -
         assert "rw" in mount.split()[5].split(",")
 
 
-def test_deleted_mail_is_kept_for_as_long_as_the_site_says(host: Any, ctx: Variables) -> None:
-    for store in ctx["node_stores"]:
-        events = host.file(f"/etc/cyrus/{store['name']}/cyrus.conf").content_string
+def test_deleted_mail_is_kept_for_as_long_as_the_site_says(
+    host: Any, ctx: Variables, node_stores: list[Variables]
+) -> None:
+    for store in node_stores:
+        events = host.file(f"/etc/cyrus/{store['name']}/now/cyrus.conf").content_string
         assert re.search(rf'cyr_expire .*-X {ctx["store_undelete_days"]}"', events)
 
 
-def test_secrets_are_for_who_needs_them(host: Any, ctx: Variables) -> None:
-    for store in ctx["node_stores"]:
-        access = {f"/etc/cyrus/{store['name']}/users": ("root", "root", 0o600)}
+def test_secrets_are_for_who_needs_them(host: Any, node_stores: list[Variables]) -> None:
+    for store in node_stores:
+        access = {f"/etc/cyrus/{store['name']}/now/users": ("root", "root", 0o600)}
         access[f"/run/cyrus/{store['name']}/sasldb2"] = ("cyrus", "mail", 0o600)
         access[f"/srv/store/{store['name']}"] = ("cyrus", "mail", 0o750)
         if store["role"] == "primary" and store["peers"]:
-            access[f"/etc/cyrus/{store['name']}/sync.conf"] = ("root", "mail", 0o640)
+            access[f"/etc/cyrus/{store['name']}/now/sync.conf"] = ("root", "mail", 0o640)
+            access[f"/etc/cyrus/{store['name']}/gate_password"] = ("root", "mail", 0o640)
         for name, wanted in access.items():
             file = host.file(name)
             assert (file.user, file.group, file.mode) == wanted, name
 
 
-def test_mail_is_on_a_disk_of_its_own_with_room(host: Any, ctx: Variables) -> None:
-    for store in ctx["node_stores"]:
+def test_mail_is_on_a_disk_of_its_own_with_room(host: Any, node_stores: list[Variables]) -> None:
+    for store in node_stores:
         where = f"/srv/store/{store['name']}"
         assert host.check_output(f"findmnt --noheadings --output TARGET --target {where}") != "/"
         for what in "pcent", "ipcent":
