@@ -32,6 +32,7 @@ ORDER = [
     "test_mailbox",
     "test_submission",
     "test_probe",
+    "test_backup",
     "test_changes",
     "test_outages",
 ]
