@@ -34,6 +34,7 @@ ORDER = [
     "test_submission",
     "test_drift",
     "test_probe",
+    "test_backup",
     "test_changes",
     "test_outages",
     "test_nodes",

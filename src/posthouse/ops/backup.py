@@ -61,17 +61,21 @@ class Backup:
 
 def stands(remote: Remote, site: Site) -> dict[str, str]:
     """Which node serves each store now: the one that holds its address. Raises BackupError if none does."""
-    nodes = {name for store in site.stores.values() for name in (store.primary, *store.replicas)}
-    held: dict[str, str] = {}
-    for node in sorted(nodes):
+    nodes = sorted({name for store in site.stores.values() for name in (store.primary, *store.replicas)})
+
+    def addresses(node: str) -> set[str]:
         try:
             lines = remote.run(node, "ip -4 -oneline address show").splitlines()
         except RemoteError as error:
             if error.status != 255:
                 raise
-            continue
-        addresses = {line.split()[3].partition("/")[0] for line in lines}
-        held |= {store.name: node for store in site.stores.values() if store.address in addresses}
+            return set()
+        return {line.split()[3].partition("/")[0] for line in lines}
+
+    held: dict[str, str] = {}
+    with ThreadPoolExecutor(8) as pool:
+        for node, found in zip(nodes, pool.map(addresses, nodes), strict=True):
+            held |= {store.name: node for store in site.stores.values() if store.address in found}
     if missing := [name for name in site.stores if name not in held]:
         raise BackupError(f"{missing[0]}: no node serves it; see: posthouse verify {site.name} --tier store")
     return held
@@ -112,7 +116,11 @@ def backup(site: Site, secrets: Secrets, *, check: bool = False, say: Say = lamb
     repository = Repository(site, secrets)
     with run.exclusive(site):
         remote = Remote(site)
-        there = repository.exists()
+        if repository.exists():
+            repository.snapshots()  # so that a wrong password shows before anything is done
+            there = True
+        else:
+            there = False
         up = reachable(remote, site)
         parts = plan(site, stands(remote, site), up)
         name = datetime.now(UTC).strftime(NAME)
@@ -123,8 +131,7 @@ def backup(site: Site, secrets: Secrets, *, check: bool = False, say: Say = lamb
             return result | {"parts": [asdict(part) for part in parts], "seconds": 0.0}
         if not there:
             repository.ensure()
-        nodes = {part.node for part in parts} & set(site.nodes)
-        with repository.lent(remote, sorted(nodes)) as lent:
+        with repository.lent(remote) as lent:
             made = [asdict(part) | _taken(site, repository, lent, name, part, say) for part in parts if _first(part)]
             stores = [part for part in parts if part.name.startswith("store:")]
             # One after the other on a node, so that its disk is not asked for everything at once; nodes side by side.

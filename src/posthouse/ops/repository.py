@@ -4,7 +4,7 @@ Nodes hold nothing of it. For as long as an operation takes, the controller lend
 its loopback, which a node sees as a socket that only its root may open. The password goes by standard input.
 
     repository = Repository(site, secrets)
-    with repository.lent(remote, ["mail1"]) as lent:
+    with repository.lent(remote) as lent:
         lent.run("mail1", "restic backup --json /srv/store/s01/snapshot")
 """
 
@@ -18,7 +18,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,17 @@ class Repository:
             raise BackupError(f"this machine lacks {' and '.join(missing)}; run: posthouse doctor --fix")
 
     def exists(self) -> bool:
-        """Whether there is a repository at all, and our password opens it. Raises BackupError if it does not."""
-        if self.place.startswith("/") and not (Path(self.place) / "config").is_file():
+        """Whether there is a repository. That its password is ours shows when it is used. Raises BackupError."""
+        if self.place.startswith("/"):
+            if (Path(self.place) / "config").is_file():
+                return True
             if (Path(self.place) / "keys").is_dir():
                 raise BackupError(f"{self.place}: damaged: its file config is gone; put it back from a copy")
             return False
         try:
             self.restic("cat", "config")
         except BackupError as error:
-            if "unable to open config file" in str(error) or "Is there a repository" in str(error):
+            if "Is there a repository" in str(error):
                 return False
             raise
         return True
@@ -116,34 +118,34 @@ class Repository:
         return sorted(found, key=lambda item: (item["run"], item["part"]))
 
     @contextlib.contextmanager
-    def lent(self, remote: Remote, nodes: Iterable[str]) -> Iterator[Lent]:
-        """Lends the repository to some nodes for a while: they can read and add, and not remove."""
+    def lent(self, remote: Remote) -> Iterator[Lent]:
+        """Lends the repository to nodes for a while: they can read and add, and not remove."""
         port, password = _free_port(), random.token_urlsafe(24)
         served = self.place.removeprefix("rclone:")
-        with contextlib.ExitStack() as stack:
-            server = subprocess.Popen(
-                [
-                    *("rclone", "serve", "restic", "--append-only", "--cache-objects=false"),
-                    *("--config", _rclone_config(), "--addr", f"127.0.0.1:{port}", served),
-                ],
-                env=os.environ | {"RCLONE_USER": "node", "RCLONE_PASS": password},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            stack.callback(end, server)
+        server = subprocess.Popen(
+            [
+                *("rclone", "serve", "restic", "--append-only", "--cache-objects=false"),
+                *("--config", _rclone_config(), "--addr", f"127.0.0.1:{port}", served),
+            ],
+            env=os.environ | {"RCLONE_USER": "node", "RCLONE_PASS": password},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        lent = Lent(remote, port, self._password, password)
+        try:
             _until_open(port, server)
-            lent = Lent(remote, self._password, password)
-            for node in nodes:
-                stack.callback(end, lent.connect(node, port))
             yield lent
+        finally:
+            lent.close()
+            end(server)
 
 
 class Lent:
-    """A repository that nodes may use for now."""
+    """A repository that nodes may use for now. Threads may share it, each for nodes of its own."""
 
-    def __init__(self, remote: Remote, password: str, server_password: str) -> None:
-        self._remote = remote
+    def __init__(self, remote: Remote, port: int, password: str, server_password: str) -> None:
+        self._remote, self._port = remote, port
         self._environment = {
             "RESTIC_PASSWORD": password,
             "RESTIC_REST_USERNAME": "node",
@@ -151,14 +153,20 @@ class Lent:
             "RESTIC_CACHE_DIR": CACHE,
         }
         self._socket = f"/run/posthouse-backup-{random.token_hex(6)}"
+        self._links: dict[str, subprocess.Popen[bytes]] = {}
 
-    def connect(self, node: str, port: int) -> subprocess.Popen[bytes]:
-        """Brings the controller's port to a node, as a socket; returns the process that keeps it there."""
+    def close(self) -> None:
+        """Takes it back from all nodes."""
+        for link in self._links.values():
+            end(link)
+
+    def _connect(self, node: str) -> None:
+        """Brings the controller's port to a node, as a socket."""
         # A connection of its own: one shared with others would keep the socket open after we are done.
         link = subprocess.Popen(
             [
                 *("ssh", "-F", self._remote.config, "-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes"),
-                *("-o", "StreamLocalBindMask=0177", "-R", f"{self._socket}:127.0.0.1:{port}", node),
+                *("-o", "StreamLocalBindMask=0177", "-R", f"{self._socket}:127.0.0.1:{self._port}", node),
                 # Ends, and takes the socket away, when we close its input, however we end.
                 f"echo ready; cat >/dev/null; rm -f {self._socket}; echo closed",
             ],
@@ -170,10 +178,12 @@ class Lent:
         if link.stdout.readline() != b"ready\n":
             complaint = link.stderr.read().decode(errors="replace").strip()
             raise BackupError(f"{node}: the repository cannot be lent to it: {complaint}; see that its ssh works")
-        return link
+        self._links[node] = link
 
     def run(self, node: str, script: str, timeout: float = LONGEST) -> str:
         """What a shell script prints on a node, in which `restic` is the repository's. Raises RemoteError."""
+        if node not in self._links:
+            self._connect(node)
         values = self._environment | {"RESTIC_REPOSITORY": f"rest:http+unix://{self._socket}:/"}
         lines = [f"export {name}='{value}'" for name, value in values.items()]
         return self._remote.run(node, "bash -euo pipefail -s", "\n".join([*lines, script, ""]), timeout)

@@ -146,7 +146,7 @@ def opened(site: Site, secrets: Secrets, at: str | None) -> Iterator[Opened]:
         primaries = stands(remote, site)
         directory = Directory(site, secrets)
         try:
-            with repository.lent(remote, sorted(set(primaries.values()))) as lent:
+            with repository.lent(remote) as lent:
                 contents = past.Contents(repository)
                 yield Opened(site, secrets, repository, remote, directory, primaries, found, contents, lent)
         finally:
