@@ -149,7 +149,7 @@ def test_queue_moves(platform, nodes, friend, people, world, site, posthouse, dr
             message = letter(SENDER, people.bob.address, f"Number {number}.")
             with Smtp(platform, source=friend) as client:
                 assert client.transaction(SENDER, people.bob.address, message.data).code == 250
-            ledger.acknowledged[message.id, people.bob.address] = digest(message.data)
+            ledger.note(message, people.bob.address)
         eventually(
             lambda: all(json.loads(line)["queue_name"] == "deferred" for line in waiting(nodes, node)), 60, "wait"
         )
@@ -176,7 +176,7 @@ def waiting(nodes: Nodes, node: str) -> list[str]:
         (["rebuild", "mial1"], "mial1: no such node"),
         (["rebuild", "mail1"], "mail1: is alive, and a rebuild wipes its disk"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_refused(site, nodes, command, complaint):
     """What cannot be meant or done is refused before anything is changed"""

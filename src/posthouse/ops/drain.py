@@ -8,6 +8,7 @@ import importlib.util
 import time
 from typing import Any
 
+from posthouse import PosthouseError
 from posthouse.model import Site
 from posthouse.ops import queues, service, state
 from posthouse.ops.state import State
@@ -17,6 +18,8 @@ from posthouse.remote import Remote
 # How long mail in the middle of its way through a balancer may hold up handing over the VIP. New connections wait
 # meanwhile: whoever gets no answer asks again after 1, 3, 7 and 15 s.
 HANDOVER_SECONDS = 15
+# How long a replica may take to have everything again after it, or its connection, was started anew.
+IN_SYNC_SECONDS = 60
 
 # New connections to the VIP get no answer, rather than one from a balancer that is about to lose the address; those
 # who ask again get it from the next. Sessions with mail in hand end first. The timer is for the case that this dies.
@@ -52,10 +55,11 @@ sleep 0.5
 """
 
 
-def switcher() -> Any:
-    """The module that hands stores over, or None where this version has none: then stores stay where they are."""
+def switcher(site: Site) -> Any:
+    """The module that hands stores over, or None where a site has no cluster for it: then they stay where they are."""
     name = "posthouse.ops.failover"
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+    able = getattr(site, "cluster", None) is not None and importlib.util.find_spec(name)
+    return importlib.import_module(name) if able else None
 
 
 def plan(site: Site, have: State, node: str, switch: bool = True) -> list[Step]:
@@ -132,7 +136,7 @@ class Drains:
 
     def __init__(self, site: Site, remote: Remote, wait: int = 60) -> None:
         self.site, self.remote, self.wait = site, remote, wait
-        self.failover = switcher()
+        self.failover = switcher(site)
 
     def drain(self, node: str, check: bool = False) -> dict[str, Any]:
         """Takes a node out of service. Raises Refused, Stopped. Returns the report of `carry_out`."""
@@ -174,8 +178,16 @@ class Drains:
 
     def _switch(self, step: Step) -> str:
         store, target = step.what.split()
-        self.failover.switch(self.site, store, target)
-        return ""
+        deadline = time.monotonic() + IN_SYNC_SECONDS
+        while True:
+            try:
+                self.failover.switch(self.site, store, target, remote=self.remote)
+                return ""
+            except PosthouseError:
+                # A replica that was restarted has to catch up first.
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(2)
 
     def _queues(self, step: Step) -> str:
         left = queues.flush(self.site, self.remote, step.node, min(self.wait, 30))
