@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import getpass
-import importlib
-import importlib.util
 import time
 from typing import Any
 
 from posthouse import PosthouseError
 from posthouse.model import Site
-from posthouse.ops import queues, service, state
+from posthouse.ops import failover, queues, service, state
 from posthouse.ops.state import State
 from posthouse.ops.steps import Refused, Step, Stopped, carry_out
 from posthouse.remote import Remote
@@ -53,13 +51,6 @@ done
 # The other one has it a moment later: until then nobody may be refused here.
 sleep 0.5
 """
-
-
-def switcher(site: Site) -> Any:
-    """The module that hands stores over, or None where a site has no cluster for it: then they stay where they are."""
-    name = "posthouse.ops.failover"
-    able = getattr(site, "cluster", None) is not None and importlib.util.find_spec(name)
-    return importlib.import_module(name) if able else None
 
 
 def plan(site: Site, have: State, node: str, switch: bool = True) -> list[Step]:
@@ -136,16 +127,17 @@ class Drains:
 
     def __init__(self, site: Site, remote: Remote, wait: int = 60) -> None:
         self.site, self.remote, self.wait = site, remote, wait
-        self.failover = switcher(site)
+        # Without a cluster nothing can hand a store over, and it stays where it is.
+        self.movable = site.cluster is not None
 
     def drain(self, node: str, check: bool = False) -> dict[str, Any]:
         """Takes a node out of service. Raises Refused, Stopped. Returns the report of `carry_out`."""
-        steps = plan(self.site, state.read(self.site, self.remote), node, bool(self.failover))
+        steps = plan(self.site, state.read(self.site, self.remote), node, self.movable)
         return carry_out(f"drain {node}", steps, self._actions, check, self._put_back)
 
     def undrain(self, node: str, check: bool = False) -> dict[str, Any]:
         """Puts a node back into service. Raises Refused, Stopped. Returns the report of `carry_out`."""
-        steps = plan_undrain(self.site, state.read(self.site, self.remote), node, bool(self.failover))
+        steps = plan_undrain(self.site, state.read(self.site, self.remote), node, self.movable)
         return carry_out(f"undrain {node}", steps, self._actions, check)
 
     @property
@@ -181,7 +173,7 @@ class Drains:
         deadline = time.monotonic() + IN_SYNC_SECONDS
         while True:
             try:
-                self.failover.switch(self.site, store, target, remote=self.remote)
+                failover.switch(self.site, store, target, remote=self.remote)
                 return ""
             except PosthouseError:
                 # A replica that was restarted has to catch up first.
@@ -203,7 +195,7 @@ class Drains:
         node = begun[0].node
         errors = []
         for step in begun:
-            if step.do == "switch" and self.failover:
+            if step.do == "switch":
                 back = Step("switch", node, "", f"{step.what.split()[0]} {node}")
                 errors.append(service.quietly(lambda back=back: self._switch(back)))
             elif step.do == "pools":

@@ -7,7 +7,7 @@ from typing import Any
 
 from posthouse import lab
 from posthouse.model import Site
-from posthouse.ops import drain, state
+from posthouse.ops import drain, quorum, state
 from posthouse.ops.rebuild import stores_of
 from posthouse.ops.state import State
 from posthouse.ops.steps import Refused, Step, carry_out
@@ -47,8 +47,7 @@ def plan(site: Site, have: State, node: str) -> list[Step]:
             f"directory.providers: {node} is one of them; put another node in its place in site.yml and deploy, then "
             "run this again; nothing was changed"
         )
-    members = getattr(getattr(site, "cluster", None), "members", [])
-    if node in members:
+    if node in quorum.members(site):
         raise Refused(
             f"cluster.members: {node} is one of them; put another node in its place in site.yml and deploy, then run "
             "this again; nothing was changed"
