@@ -61,6 +61,36 @@ def expand(node: NodeName, site: SiteName = "lab", check: Check = False, as_json
     operate(site, as_json, lambda loaded: module.expand(loaded, node, check))
 
 
+def upgrade(
+    nodes: Annotated[list[str] | None, typer.Argument(metavar="[NODE]...", help="By default all.")] = None,
+    site: SiteName = "lab",
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Do it to a copy of the site in a lab, first.")] = False,
+    wait: Annotated[int, typer.Option(min=0, help="Seconds in which a node's sessions may end by themselves.")] = 60,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Install new packages node by node, each drained, restarted and verified. Refuses what was not rehearsed."""
+    from posthouse.ops import upgrade as module
+
+    if rehearse:
+        operate(site, as_json, lambda loaded: module.rehearse(loaded, check))
+    else:
+        operate(site, as_json, lambda loaded: module.upgrade(loaded, nodes or [], check, wait))
+
+
+def retire(
+    node: NodeName,
+    site: SiteName = "lab",
+    wait: Annotated[int, typer.Option(min=0, help="Seconds in which its sessions may end by themselves.")] = 60,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Take a node away for good. While stores live on it, says where they could go instead, and changes nothing."""
+    from posthouse.ops import retire as module
+
+    operate(site, as_json, lambda loaded: module.retire(loaded, node, check, wait))
+
+
 def rebuild(
     node: NodeName,
     site: SiteName = "lab",
@@ -76,5 +106,5 @@ def rebuild(
 
 def add_to(app: typer.Typer) -> None:
     """Puts these verbs on a command line."""
-    for verb in (drain, undrain, expand, rebuild):
+    for verb in (drain, undrain, upgrade, expand, retire, rebuild):
         app.command()(verb)

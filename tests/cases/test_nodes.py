@@ -10,7 +10,7 @@ import yaml
 
 from posthouse import sitefile
 from posthouse.model import Site
-from posthouse.ops import drain, expand, rebuild, state
+from posthouse.ops import drain, expand, rebuild, retire, state, upgrade
 from posthouse.ops.steps import Refused, shown
 
 FOLDER = Path(__file__).parent / "nodes"
@@ -18,6 +18,10 @@ PLANS = {
     "drain": lambda site, have, case: drain.plan(site, have, case["node"]),
     "undrain": lambda site, have, case: drain.plan_undrain(site, have, case["node"]),
     "expand": lambda site, have, case: expand.plan(site, have, case["node"]),
+    "retire": lambda site, have, case: retire.plan(site, have, case["node"]),
+    "upgrade": lambda site, have, case: upgrade.plan(
+        site, have, case["nodes"], case["updates"], "now", case.get("rehearsed")
+    ),
     "rebuild": lambda site, have, case: rebuild.plan(site, have, case["node"], case.get("sizes", {})),
 }
 POOLS = {"smtp": "mx", "submission": "submission", "imaps": "access"}
@@ -72,5 +76,9 @@ def test_plan(operation: str, case: dict[str, Any]) -> None:
             PLANS[operation](site, have, case)
         assert str(caught.value).startswith(case["refused"])
         assert str(caught.value).endswith("nothing was changed")
+        return
+    steps = PLANS[operation](site, have, case)
+    if "nodes_in_order" in case:
+        assert list(dict.fromkeys(step.node for step in steps)) == case["nodes_in_order"]
     else:
-        assert shown(PLANS[operation](site, have, case)) == case["steps"]
+        assert shown(steps) == case["steps"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import getpass
-import importlib
-import importlib.util
 import time
 from typing import Any
 
+from posthouse import PosthouseError
 from posthouse.model import Site
-from posthouse.ops import queues, service, state
+from posthouse.ops import failover, queues, service, state
 from posthouse.ops.state import State
 from posthouse.ops.steps import Refused, Step, Stopped, carry_out
 from posthouse.remote import Remote
@@ -17,6 +16,8 @@ from posthouse.remote import Remote
 # How long mail in the middle of its way through a balancer may hold up handing over the VIP. New connections wait
 # meanwhile: whoever gets no answer asks again after 1, 3, 7 and 15 s.
 HANDOVER_SECONDS = 15
+# How long a replica may take to have everything again after it, or its connection, was started anew.
+IN_SYNC_SECONDS = 60
 
 # New connections to the VIP get no answer, rather than one from a balancer that is about to lose the address; those
 # who ask again get it from the next. Sessions with mail in hand end first. The timer is for the case that this dies.
@@ -50,12 +51,6 @@ done
 # The other one has it a moment later: until then nobody may be refused here.
 sleep 0.5
 """
-
-
-def switcher() -> Any:
-    """The module that hands stores over, or None where this version has none: then stores stay where they are."""
-    name = "posthouse.ops.failover"
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
 def plan(site: Site, have: State, node: str, switch: bool = True) -> list[Step]:
@@ -132,16 +127,17 @@ class Drains:
 
     def __init__(self, site: Site, remote: Remote, wait: int = 60) -> None:
         self.site, self.remote, self.wait = site, remote, wait
-        self.failover = switcher()
+        # Without a cluster nothing can hand a store over, and it stays where it is.
+        self.movable = site.cluster is not None
 
     def drain(self, node: str, check: bool = False) -> dict[str, Any]:
         """Takes a node out of service. Raises Refused, Stopped. Returns the report of `carry_out`."""
-        steps = plan(self.site, state.read(self.site, self.remote), node, bool(self.failover))
+        steps = plan(self.site, state.read(self.site, self.remote), node, self.movable)
         return carry_out(f"drain {node}", steps, self._actions, check, self._put_back)
 
     def undrain(self, node: str, check: bool = False) -> dict[str, Any]:
         """Puts a node back into service. Raises Refused, Stopped. Returns the report of `carry_out`."""
-        steps = plan_undrain(self.site, state.read(self.site, self.remote), node, bool(self.failover))
+        steps = plan_undrain(self.site, state.read(self.site, self.remote), node, self.movable)
         return carry_out(f"undrain {node}", steps, self._actions, check)
 
     @property
@@ -174,8 +170,16 @@ class Drains:
 
     def _switch(self, step: Step) -> str:
         store, target = step.what.split()
-        self.failover.switch(self.site, store, target)
-        return ""
+        deadline = time.monotonic() + IN_SYNC_SECONDS
+        while True:
+            try:
+                failover.switch(self.site, store, target, remote=self.remote)
+                return ""
+            except PosthouseError:
+                # A replica that was restarted has to catch up first.
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(2)
 
     def _queues(self, step: Step) -> str:
         left = queues.flush(self.site, self.remote, step.node, min(self.wait, 30))
@@ -191,7 +195,7 @@ class Drains:
         node = begun[0].node
         errors = []
         for step in begun:
-            if step.do == "switch" and self.failover:
+            if step.do == "switch":
                 back = Step("switch", node, "", f"{step.what.split()[0]} {node}")
                 errors.append(service.quietly(lambda back=back: self._switch(back)))
             elif step.do == "pools":

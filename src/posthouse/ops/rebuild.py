@@ -7,7 +7,7 @@ from typing import Any
 
 from posthouse import image, lab
 from posthouse.model import Site, Store
-from posthouse.ops import service, spool, state
+from posthouse.ops import quorum, service, spool, state
 from posthouse.ops.state import State
 from posthouse.ops.steps import Refused, Step, carry_out
 from posthouse.remote import Remote
@@ -84,6 +84,9 @@ def plan(site: Site, have: State, node: str, sizes: dict[str, int]) -> list[Step
             for name in others
             if name in have.drained
         ]
+    if node in quorum.members(site):
+        helper = _helper(site, have, node)
+        steps.append(Step("quorum", node, f"have {helper} take it into the cluster anew", helper))
     # Its primaries still believe in connections to the node that died, and would until the next change.
     steps += [
         Step("link", source, f"connect {name}'s replication to {node} anew", name)
@@ -97,6 +100,18 @@ def plan(site: Site, have: State, node: str, sizes: dict[str, int]) -> list[Step
         Step("serve", node, "wait until the balancers send it clients"),
         Step("verify", node, "verify all of its tiers"),
     ]
+
+
+def _helper(site: Site, have: State, node: str) -> str:
+    """A member of the cluster that can take the node in. Raises Refused if the others have no majority."""
+    members = quorum.members(site)
+    well = [name for name in members if name != node and name in have.answers]
+    if 2 * len(well) <= len(members):
+        raise Refused(
+            f"{node}: of the cluster's members ({', '.join(members)}) only {', '.join(well) or 'none'} answers, "
+            "which is no majority; bring another one back first; nothing was changed"
+        )
+    return well[0]
 
 
 def rebuild(site: Site, node: str, check: bool = False, measure: bool = False) -> dict[str, Any]:
@@ -144,6 +159,7 @@ def rebuild(site: Site, node: str, check: bool = False, measure: bool = False) -
             "copy": copy,
             "deploy": lambda step: service.deploy(site, step.node),
             "link": lambda step: remote.run(step.node, f"systemctl try-restart 'cyrus-sync-{step.what}@{node}'"),
+            "quorum": lambda step: quorum.rejoin(site, remote, step.node, step.what),
             "pools": lambda step: service.pools(site, step.what, "drain", 0, limit=step.node, force=True),
             "ready": ready,
             "serve": serve,

@@ -1,0 +1,49 @@
+"""A member of the site's cluster that lost its disk: the others forget the one it was, and take it in as a new one."""
+
+from __future__ import annotations
+
+from posthouse.model import Site
+from posthouse.remote import Remote
+
+_ETCDCTL = (
+    "etcdctl --cacert /etc/ssl/posthouse/ca.pem --cert /etc/ssl/posthouse/node.pem --key /etc/ssl/posthouse/node.key "
+    "--endpoints https://{address}:2379"
+)
+
+# Asked of a member that is well. Until the new one has started, the majority is as large as with a member that is dead.
+_TAKE_IN = """
+set -eu
+old=$({ctl} member list | awk -F', ' '$4 == "https://{address}:2380" {{ print $1 }}')
+[ -z "$old" ] || {ctl} member remove "$old" >&2
+{ctl} member add {name} --peer-urls=https://{address}:2380 >&2
+"""
+
+# The first start of a member that comes later has to say so; after that its data tells it.
+_JOIN = """
+set -eu
+systemctl stop etcd
+rm -rf /srv/etcd/data
+mkdir -p /run/posthouse
+sed 's/^initial-cluster-state: new/initial-cluster-state: existing/' /etc/posthouse/etcd.yml \\
+    >/run/posthouse/etcd-join.yml
+systemd-run --quiet --collect --unit=posthouse-etcd-join --uid=etcd --property=SupplementaryGroups=ssl-cert \\
+    etcd --config-file /run/posthouse/etcd-join.yml
+trap 'systemctl stop posthouse-etcd-join 2>/dev/null; systemctl start etcd' EXIT
+until {ctl} endpoint health >/dev/null 2>&1; do
+    systemctl --quiet is-active posthouse-etcd-join
+    sleep 0.2
+done
+"""
+
+
+def members(site: Site) -> list[str]:
+    """The nodes that decide together; none in a site without a cluster."""
+    return list(site.cluster.members) if site.cluster else []
+
+
+def rejoin(site: Site, remote: Remote, node: str, helper: str) -> None:
+    """Has a node that lost its data take part again; `helper` is a member that is well. Raises RemoteError."""
+    address = site.nodes[node].address
+    asked = _ETCDCTL.format(address=site.nodes[helper].address)
+    remote.run(helper, _TAKE_IN.format(ctl=asked, name=node, address=address))
+    remote.run(node, _JOIN.format(ctl=_ETCDCTL.format(address=address)), timeout=90)

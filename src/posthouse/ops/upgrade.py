@@ -1,0 +1,271 @@
+"""New packages on every node, one node at a time, each out of service meanwhile; and the rehearsal that comes first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from posthouse import lab, render, run, secrets, sitefile
+from posthouse.apart import apart
+from posthouse.model import Site
+from posthouse.ops import service, state
+from posthouse.ops.drain import Drains
+from posthouse.ops.drain import plan as drain_plan
+from posthouse.ops.state import State
+from posthouse.ops.steps import Refused, Step, Stopped, carry_out
+from posthouse.remote import Remote, RemoteError
+
+# Package → version: what a node would get.
+Updates = dict[str, str]
+
+_LIST = "apt-get -qq update && apt-get -s -q dist-upgrade | sed -n 's/^Inst \\([^ ]*\\) .*(\\([^ ]*\\) .*/\\1 \\2/p'"
+# No service starts or restarts by itself: the node is restarted as a whole when its files are right.
+_INSTALL = """
+set -eu
+trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+printf '#!/bin/sh\\nexit 101\\n' >/usr/sbin/policy-rc.d
+chmod 755 /usr/sbin/policy-rc.d
+export DEBIAN_FRONTEND=noninteractive
+apt-get -qq -y -o Dpkg::Options::=--force-confold -o Dpkg::Options::=--force-confdef dist-upgrade >/dev/null
+apt-get -qq clean
+"""
+_VERSIONS = "dpkg-query -W -f '${db:Status-Abbrev} ${Package} ${Version}\\n' | sed -n 's/^ii *//p'"
+RESTART_SECONDS = 300
+PROBE_SECONDS = 20
+
+
+def record(site: Site) -> Path:
+    """Where the last green rehearsal of a site is noted."""
+    return sitefile.INVENTORY / site.name / "rehearsal.json"
+
+
+def digest(site: Site) -> str:
+    """Changes with whatever a rehearsal is about: what the site says, and the roles that make nodes of it."""
+    said = site.model_dump(mode="json", exclude={"name", "lab"})
+    return hashlib.sha256(json.dumps([said, render.release()], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def differs(updates: dict[str, Updates], now: str, rehearsed: dict[str, Any] | None) -> str | None:
+    """Why an upgrade may not be begun on the strength of a rehearsal; None if it may."""
+    if not rehearsed:
+        return "was never rehearsed"
+    if rehearsed["digest"] != now:
+        return f"the site or its roles are not what was rehearsed on {rehearsed['when']}"
+    wanted = {(name, version) for packages in updates.values() for name, version in packages.items()}
+    fresh = sorted(pair for pair in wanted if rehearsed["versions"].get(pair[0]) != pair[1])
+    if fresh:
+        name, version = fresh[0]
+        return f"{len(fresh)} package(s) would get a version that was not rehearsed, the first is {name} {version}"
+    return None
+
+
+def order(have: State, nodes: Iterable[str]) -> list[str]:
+    """The balancer with the VIP comes last, so that the VIP moves once and not twice."""
+    return sorted(nodes, key=lambda name: name == have.vip)
+
+
+def plan(
+    site: Site, have: State, nodes: list[str], updates: dict[str, Updates], now: str, rehearsed: dict[str, Any] | None
+) -> list[Step]:
+    """The steps of a rolling upgrade; none if no package is to be had. now: the site's digest. Raises Refused."""
+    state.known(site, *nodes)
+    state.need_answers(have, site.nodes)
+    outside = sorted(have.drained)
+    if outside:
+        raise Refused(
+            f"{outside[0]}: is drained already, and one node at a time is out of service; put it back first: "
+            f"posthouse undrain {outside[0]}; nothing was changed"
+        )
+    wanted = [name for name in order(have, nodes or site.nodes) if updates.get(name)]
+    if wanted and (reason := differs(updates, now, rehearsed)):
+        raise Refused(
+            f"{site.name}: {reason}; run: posthouse upgrade --rehearse --site {site.name}; nothing was changed"
+        )
+    for name in wanted:
+        drain_plan(site, have, name)
+    return [step for name in wanted for step in _of_node(name, updates[name])]
+
+
+def _of_node(node: str, updates: Updates) -> list[Step]:
+    some = ", ".join(list(updates)[:3]) + (", …" if len(updates) > 3 else "")
+    return [
+        Step("drain", node, "take it out of service"),
+        Step("install", node, f"install {len(updates)} package(s): {some}"),
+        Step("deploy", node, "converge it"),
+        Step("restart", node, "restart it"),
+        Step("verify", node, "verify all of its tiers"),
+        Step("undrain", node, "put it back into service"),
+    ]
+
+
+def available(remote: Remote, nodes: Iterable[str]) -> dict[str, Updates]:
+    """What each node would get. Fetches the lists of packages, which is all that it changes."""
+    answers = remote.each(nodes, _LIST, timeout=300)
+    return {node: dict(line.split() for line in text.splitlines()) for node, text in answers.items()}
+
+
+def restart(site: Site, remote: Remote, node: str) -> None:
+    """Restarts a machine and waits until it is up. Raises Stopped."""
+    before = remote.run(node, "cat /proc/sys/kernel/random/boot_id; stat -c %Y /run/systemd")
+    deadline = time.monotonic() + RESTART_SECONDS
+    if site.lab:
+        remote.run(node, "systemctl --no-block poweroff")
+        while any(entry["name"] == node and entry["state"] == "running" for entry in lab.status(site.name)):
+            if time.monotonic() > deadline:
+                raise Stopped(f"does not shut down within {RESTART_SECONDS} s")
+            time.sleep(0.5)
+        lab.start(site.name, node)
+    else:
+        remote.run(node, "systemctl --no-block reboot")
+    while True:
+        try:
+            after = remote.run(node, "cat /proc/sys/kernel/random/boot_id; stat -c %Y /run/systemd", timeout=15)
+            if after != before and remote.run(node, "systemctl is-system-running --wait || true", timeout=120):
+                return
+        except RemoteError:
+            pass
+        if time.monotonic() > deadline:
+            raise Stopped(f"does not come up within {RESTART_SECONDS} s")
+        time.sleep(1)
+
+
+def upgrade(
+    site: Site, nodes: list[str], check: bool = False, wait: int = 60, rehearsed: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Upgrades nodes, or all, one at a time; stops at the first that is not well afterwards. Raises Refused, Stopped.
+
+    rehearsed: what a rehearsal found; by default the last green one of this site.
+    Returns the report of `carry_out`.
+    """
+    state.known(site, *nodes)
+    remote = Remote(site)
+    drains = Drains(site, remote, wait)
+    have = state.read(site, remote)
+    state.need_answers(have, site.nodes)
+    path = record(site)
+    known = rehearsed or (json.loads(path.read_text()) if path.exists() else None)
+    steps = plan(site, have, nodes, available(remote, nodes or site.nodes), digest(site), known)
+
+    def put_back(begun: list[Step]) -> str:
+        """A node that is not well stays out; one to which nothing was done yet goes back."""
+        last = begun[0]
+        if last.do == "drain":
+            return f"{last.node} was put back, nothing was installed on it"
+        if last.do in ("install", "deploy", "restart", "verify"):
+            return (
+                f"{last.node} stays out of service, the others serve and are untouched or upgraded; mend it, then: "
+                f"posthouse undrain {last.node}, and run this again"
+            )
+        return f"run this again, or: posthouse undrain {last.node}"
+
+    return carry_out(
+        f"upgrade {' '.join(nodes) or site.name}",
+        steps,
+        {
+            "drain": lambda step: str(drains.drain(step.node)["seconds"]) + " s",
+            "install": lambda step: remote.run(step.node, _INSTALL, timeout=3600) and "",
+            "deploy": lambda step: service.deploy(site, step.node),
+            "restart": lambda step: restart(site, remote, step.node),
+            "verify": lambda step: service.verify(site, step.node),
+            "undrain": lambda step: str(drains.undrain(step.node)["seconds"]) + " s",
+        },
+        check,
+        put_back,
+    )
+
+
+def clone(site: Site) -> str:
+    """Writes the site file of a copy that runs in a lab on this machine, with secrets of its own; returns its name."""
+    name = f"tmp-{site.name[:26]}"
+    folder = sitefile.INVENTORY / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    data = yaml.safe_load((sitefile.INVENTORY / site.name / "site.yml").read_text())
+    data["name"] = name
+    if not site.lab:
+        data["lab"] = {"outside": "198.51.100.0/24"}
+        data["network"] |= {"interface": "eth0", "resolvers": [str(site.network.controller)]}
+    (folder / "site.yml").write_text(yaml.safe_dump(data))
+    return name
+
+
+def rehearse(site: Site, check: bool = False) -> dict[str, Any]:
+    """Upgrades a copy of the site in a lab, node by node, and notes what was green. Raises Stopped.
+
+    The copy gets mail and logins before and after; it has its own secrets, no mail of the site, and is removed.
+    """
+    remote = None if check else clone(site)
+    name = remote or f"tmp-{site.name[:26]}"
+    steps = [
+        Step("lab", name, "run a copy of the site in a lab on this machine"),
+        Step("upgrade", name, "converge it, upgrade it node by node, use it, and note the versions"),
+        Step("down", name, "remove it"),
+    ]
+    note = record(site)
+
+    def start(_: Step) -> None:
+        copy = sitefile.load(name)
+        lab.ensure_requirements()
+        lab.down(name)
+        lab.up(copy, secrets.ensure(copy))
+
+    def rolled(_: Step) -> str:
+        # In a process of its own, for it enters the lab's network.
+        if not apart(lambda: _rehearsed(name, site)):
+            raise Stopped("the rehearsal is red; see above")
+        return f"green, noted in {note.relative_to(sitefile.INVENTORY.parent)}"
+
+    def down(_: Step) -> None:
+        lab.down(name)
+        shutil.rmtree(sitefile.INVENTORY / name, ignore_errors=True)
+
+    try:
+        return carry_out(
+            f"rehearse the upgrade of {site.name}", steps, {"lab": start, "upgrade": rolled, "down": down}, check
+        )
+    finally:
+        if not check:
+            down(steps[-1])
+
+
+def _rehearsed(name: str, site: Site) -> bool:
+    """The rehearsal itself, in the copy. Notes it if it is green."""
+    copy = sitefile.load(name)
+    service.deploy(copy)
+    remote = Remote(copy)
+    updates = available(remote, copy.nodes)
+    wanted = {package: version for packages in updates.values() for package, version in packages.items()}
+    upgrade(copy, [], wait=5, rehearsed={"digest": digest(copy), "when": "now", "versions": wanted})
+    result = run.verify(copy, quiet=True)
+    failed = [check for check in result["checks"] if check["outcome"] == "failed"]
+    if failed or not result["passed"]:
+        raise Stopped("; ".join(f"{check['node']}: {check['check']}" for check in failed[:5]) or "no check ran")
+    _used(copy)
+    versions: Updates = {}
+    for text in remote.each(copy.nodes, _VERSIONS).values():
+        versions |= dict(line.split() for line in text.splitlines())
+    when = time.strftime("%FT%T%z")
+    beside = record(site).with_suffix(".new")
+    beside.write_text(json.dumps({"digest": digest(site), "when": when, "versions": versions}, indent=1))
+    beside.replace(record(site))
+    return True
+
+
+def _used(copy: Site) -> None:
+    """Mail and logins through the copy's public name. Raises Stopped if any of it fails."""
+    from posthouse.probe.ledger import Ledger
+    from posthouse.probe.probes import Probe, Rates, made_people
+
+    probe = Probe(copy, made_people(copy), Rates(2, 1, 2, 0, 0, 0), Ledger())
+    with probe:
+        time.sleep(PROBE_SECONDS)
+    failed = {kind: one.failures for kind, one in probe.statistics().items() if one.failed}
+    if failed:
+        raise Stopped(f"probes failed: {failed}")
