@@ -140,6 +140,17 @@ class Directory:
         if changes:
             self._ask(lambda c: c.modify(self._dn(want.address), changes))
 
+    def put(self, dn: str, attributes: dict[str, list[bytes]]) -> None:
+        """Makes an entry of a backup, as it was. Raises AddressTaken, DirectoryError."""
+        classes = [name.decode() for name in attributes["objectClass"]]
+        rest = {name: values for name, values in attributes.items() if name != "objectClass"}
+        self._ask(lambda c: c.add(dn, classes, rest), again=False)
+
+    def replace(self, dn: str, attributes: dict[str, list[bytes]]) -> None:
+        """Sets attributes of an entry; those without values go. Raises AddressTaken, DirectoryError."""
+        changes = {name: [(ldap3.MODIFY_REPLACE, values)] for name, values in attributes.items()}
+        self._ask(lambda c: c.modify(dn, changes))
+
     def set_password(self, address: str, password_hash: str) -> None:
         """Replaces the password. Raises DirectoryError."""
         change = {"userPassword": [(ldap3.MODIFY_REPLACE, [password_hash])]}
