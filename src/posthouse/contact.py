@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import time
 
 import paramiko
@@ -11,6 +12,8 @@ import paramiko
 from posthouse import PosthouseError
 from posthouse.model import Node
 from posthouse.secrets import Secrets
+
+logging.getLogger("paramiko").setLevel(logging.ERROR)  # a machine that does not answer yet is nothing to report
 
 
 class ContactError(PosthouseError):
