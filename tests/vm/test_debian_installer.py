@@ -113,7 +113,7 @@ def test_it_asks_nothing_that_is_answered(seen: Seen):
     """A first question there may be: what to do about a mirror that does not have what it should."""
     asked, _, _ = seen.console.partition(QUESTION)
     if seen.record.phase != "installing":
-        assert "failed to download a file from the mirror" in asked or "download" in asked.splitlines()[-1]
+        assert "Download installer components" in asked
     for part in ("language", "hostname", "keyboard", "password"):
         assert f"{part}:" not in asked.lower()
 
