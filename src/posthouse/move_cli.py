@@ -11,7 +11,9 @@ import typer
 from rich.console import Console
 
 from posthouse import run, secrets
+from posthouse.ops import rebalance as rebalancing
 from posthouse.ops.move import Move, Moved, Mover
+from posthouse.remote import Remote
 from posthouse.sitefile import load
 
 SiteName = Annotated[str, typer.Option("--site", metavar="SITE", help="A folder in inventory/.")]
@@ -38,6 +40,28 @@ def move(
     with Mover(loaded, secrets.load(loaded), _progress) as mover:
         moves = mover.plan(dict.fromkeys(address.lower() for address in accounts), to)
         _act(mover, moves, parallel, rate, check, as_json)
+
+
+def rebalance(
+    site: Annotated[str, typer.Argument(metavar="SITE", help="A folder in inventory/.")] = "lab",
+    by: Annotated[str, typer.Option(help="What a share counts in: accounts, or bytes.")] = "accounts",
+    empty: Annotated[list[str] | None, typer.Option(metavar="STORE", help="To keep nothing (repeatable).")] = None,
+    parallel: Parallel = 2,
+    rate: Rate = None,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Move as few accounts as it takes to bring every store within a tenth of its share."""
+    if by not in ("accounts", "bytes"):
+        raise rebalancing.RebalanceError(f"--by: {by!r} is neither accounts nor bytes")
+    loaded = load(site)
+    kept = secrets.load(loaded)
+    stores, free = rebalancing.loads(loaded, kept, Remote(loaded), empty or ())
+    steps = rebalancing.plan(stores, free, by)  # type: ignore[arg-type]
+    with Mover(loaded, kept, _progress) as mover:
+        _act(mover, mover.plan_all(rebalancing.targets(steps)), parallel, rate, check, as_json)
+    if not steps and not as_json:
+        console.print("every store is within a tenth of its share; nothing to do")
 
 
 def _act(mover: Mover, moves: list[Move], parallel: int, rate: float | None, check: bool, as_json: bool) -> None:
