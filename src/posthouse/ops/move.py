@@ -199,6 +199,7 @@ class Mover:
         moved = Moved(move.address, move.source, move.target, messages=move.messages)
         started = time.monotonic()
         try:
+            self._own.serving = primaries(self.site, self._remote)
             if move.left:
                 self._finish(move.address, move.left[0], move.source, move.left[1])
             if move.source == move.target:
@@ -327,8 +328,9 @@ class Mover:
         return count
 
     def _primary(self, store: str) -> str:
-        """The node that serves a store now."""
-        return primaries(self.site, self._remote)[store]
+        """The node that serves a store, as it was when this thread's move began."""
+        found: dict[str, str] = self._own.serving
+        return found[store]
 
     def _start_link(self, source: str, target: str) -> None:
         """The way for copies: stunnel on the source's primary; see cyrus-move-STORE.service."""
