@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -55,8 +56,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def stores(request: pytest.FixtureRequest) -> dict[str, failover.State]:
     """Who serves each store now, and which replicas are in sync; asked once."""
     stash = request.config.stash
-    if STORES not in stash:
-        stash[STORES] = failover.states(stash[SITE], watch=True)
+    # A node that was just started is in sync again within a minute.
+    deadline = time.monotonic() + 60
+    while STORES not in stash:
+        found = failover.states(stash[SITE], watch=True)
+        sound = all(
+            state.alive and (state.in_sync or not stash[SITE].stores[name].replicas) for name, state in found.items()
+        )
+        if sound or stash[SITE].cluster is None or time.monotonic() > deadline:
+            stash[STORES] = found
     return stash[STORES]
 
 
