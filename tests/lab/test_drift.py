@@ -18,12 +18,12 @@ from posthouse.probe.clients import eventually
 
 @pytest.fixture
 def drift(site, posthouse) -> Callable[..., list[tuple[str, str, str]]]:
-    """What `posthouse drift` finds: [(node, layer, thing)], sorted; all of the site within 10 s."""
+    """What `posthouse drift` finds: [(node, layer, thing)], sorted. `within`: seconds for all of the site."""
 
-    def look(status: int = 1) -> list[tuple[str, str, str]]:
-        for _ in range(3):  # the machine may be busy with what came before
+    def look(status: int = 1, within: float | None = None) -> list[tuple[str, str, str]]:
+        for _ in range(5):  # the machine may be busy with what came before
             report = json.loads(posthouse("drift", site.name, "--json", status=status))
-            if report["seconds"] <= 10:
+            if within is None or report["seconds"] <= within:
                 break
         else:
             pytest.fail(f"{report['seconds']} s")
@@ -71,7 +71,7 @@ def test_one_in_each_layer(nodes, site, people, drift):
         done(nodes, second, f"sysctl -q -w {setting}=1", f"sysctl -q -w {setting}=0"),
         stray(site, wrong, people.alice.address),
     ):
-        found = drift()
+        found = drift(within=10)
     assert found == sorted(
         [
             (first, "files", "/etc/postfix/main.cf"),
