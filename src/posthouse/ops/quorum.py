@@ -46,7 +46,7 @@ def members(site: Site) -> list[str]:
 
 def rejoin(site: Site, remote: Remote, node: str, helper: str) -> None:
     """Has a node that lost its data take part again; `helper` is a member that is well. Raises RemoteError, Stopped."""
-    service.deploy(site, node, ["base"])  # certificates, names, firewall
+    service.deploy(site, node, ["base", "directory"])  # certificates, names, firewall; and deploy waits for a directory
     entry = site.nodes[node]
     asked = _ETCDCTL.format(address=site.nodes[helper].address)
     remote.run(helper, _TAKE_IN.format(ctl=asked, name=node, address=entry.address))
