@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from posthouse import render, secrets
 from posthouse.model import Site
+from posthouse.ops import service
 from posthouse.remote import Remote
 
 _ETCDCTL = (
@@ -18,17 +20,18 @@ old=$({ctl} member list | awk -F', ' '$4 == "https://{address}:2380" {{ print $1
 {ctl} member add {name} --peer-urls=https://{address}:2380 >&2
 """
 
-# The first start of a member that comes later has to say so; after that its data tells it.
+# The first start of a member that comes later has to say so; after that its data tells it. It comes before the node is
+# converged as a whole: the others refuse an etcd that says it is new, and a service that does not run is rolled back.
 _JOIN = """
 set -eu
-systemctl stop etcd
-rm -rf /srv/etcd/data
+systemctl stop etcd 2>/dev/null || true
+rm -rf /srv/etcd
+install -d -o etcd -g etcd -m 0700 /srv/etcd
 mkdir -p /run/posthouse
-sed 's/^initial-cluster-state: new/initial-cluster-state: existing/' /etc/posthouse/etcd.yml \\
-    >/run/posthouse/etcd-join.yml
+sed 's/^initial-cluster-state: new/initial-cluster-state: existing/' >/run/posthouse/etcd-join.yml
 systemd-run --quiet --collect --unit=posthouse-etcd-join --uid=etcd --property=SupplementaryGroups=ssl-cert \\
     etcd --config-file /run/posthouse/etcd-join.yml
-trap 'systemctl stop posthouse-etcd-join 2>/dev/null; systemctl start etcd' EXIT
+trap 'systemctl stop posthouse-etcd-join 2>/dev/null' EXIT
 until {ctl} endpoint health >/dev/null 2>&1; do
     systemctl --quiet is-active posthouse-etcd-join
     sleep 0.2
@@ -42,8 +45,11 @@ def members(site: Site) -> list[str]:
 
 
 def rejoin(site: Site, remote: Remote, node: str, helper: str) -> None:
-    """Has a node that lost its data take part again; `helper` is a member that is well. Raises RemoteError."""
-    address = site.nodes[node].address
+    """Has a node that lost its data take part again; `helper` is a member that is well. Raises RemoteError, Stopped."""
+    service.deploy(site, node, ["base", "directory"])  # certificates, names, firewall; and deploy waits for a directory
+    entry = site.nodes[node]
     asked = _ETCDCTL.format(address=site.nodes[helper].address)
-    remote.run(helper, _TAKE_IN.format(ctl=asked, name=node, address=address))
-    remote.run(node, _JOIN.format(ctl=_ETCDCTL.format(address=address)), timeout=90)
+    remote.run(helper, _TAKE_IN.format(ctl=asked, name=node, address=entry.address))
+    variables = render.shared_variables(site) | render.node_variables(site, entry) | secrets.load(site).for_node(entry)
+    settings = render.generation(variables, ["store"])["files"]["/etc/posthouse/etcd.yml"]["content"]
+    remote.run(node, _JOIN.format(ctl=_ETCDCTL.format(address=entry.address)), text=settings, timeout=180)

@@ -77,6 +77,9 @@ def plan(site: Site, have: State, node: str, sizes: dict[str, int]) -> list[Step
     if site.lab:
         steps.append(Step("machine", node, "throw away what is left of it, start it from the image of its class"))
     steps += [Step("copy", node, f"copy {name} from {source}", name) for name, source in sources.items()]
+    if node in quorum.members(site):
+        helper = _helper(site, have, node)
+        steps.append(Step("quorum", node, f"have {helper} take it into the cluster anew", helper))
     steps.append(Step("deploy", node, "converge it; its directory fills itself from a provider"))
     if "lb" in entry.tiers:
         steps += [
@@ -84,9 +87,6 @@ def plan(site: Site, have: State, node: str, sizes: dict[str, int]) -> list[Step
             for name in others
             if name in have.drained
         ]
-    if node in quorum.members(site):
-        helper = _helper(site, have, node)
-        steps.append(Step("quorum", node, f"have {helper} take it into the cluster anew", helper))
     # Its primaries still believe in connections to the node that died, and would until the next change.
     steps += [
         Step("link", source, f"connect {name}'s replication to {node} anew", name)

@@ -25,9 +25,10 @@ def machine(site: Site, node: str) -> str:
     return lab.add(site, secrets.ensure(site), node)
 
 
-def deploy(site: Site, limit: str | None = None) -> str:
+def deploy(site: Site, limit: str | None = None, tiers: list[str] | None = None) -> str:
     """Brings nodes to what the site says; returns which changed. Raises Stopped with what Ansible reported."""
-    result = run.playbook(site, "deploy", *(["--limit", limit] if limit else []), quiet=True)
+    variables = {"deploy_tiers": tiers} if tiers else None
+    result = run.playbook(site, "deploy", *(["--limit", limit] if limit else []), variables=variables, quiet=True)
     failed = {name: node.get("error", "failed") for name, node in result["nodes"].items() if not node["ok"]}
     if failed or not result["ok"]:
         raise Stopped("; ".join(f"{name}: {error}" for name, error in failed.items()) or "ansible-playbook failed")
