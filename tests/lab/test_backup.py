@@ -211,7 +211,7 @@ def test_mailbox(site, own, posthouse, owner, size):
     assert size < 1000 or took < 30, "what is promised for 1,000 messages is measured by the full suite"
 
 
-def test_account(site, own, platform, posthouse, owner, size):
+def test_account(site, own, platform, friend, posthouse, owner, size):
     """A deleted user comes back: the password, the limit, the mail, the rights and the script work as before"""
     posthouse("account", "delete", owner.person.address, "--site", site.name)
     with pytest.raises(imaplib.IMAP4.error):
@@ -233,7 +233,7 @@ def test_account(site, own, platform, posthouse, owner, size):
 
     eventually(logged_in, 20, "the old password opens the mailbox")
     parcel = letter(SENDER, owner.person.address, Subject="parcels for you")
-    with Smtp(platform, source=platform.outside(62)) as client:
+    with Smtp(platform, source=friend) as client:
         eventually(
             lambda: client.transaction(SENDER, owner.person.address, parcel.data).code == 250, 30, "mail is accepted"
         )

@@ -105,7 +105,7 @@ def opened(
     """
     folder = f"/srv/store/{target.name}/past-{random.token_hex(6)}"
     chosen = "" if whole else f"--include-file {folder}.list"
-    names = shlex.quote("\n".join(held.files))
+    names = shlex.quote("" if whole else "\n".join(held.files))
     lent.run(
         node,
         f"trap 'rm -f {folder}.list' EXIT\nprintf '%s\\n' {names} >{folder}.list\n"
