@@ -1,4 +1,4 @@
-"""`posthouse backup`, `restore` and `drill`: one documented function per verb, over `ops.backup`, `restore`, `drill`."""
+"""`posthouse backup`, `restore` and `drill`: one documented function per verb, over `posthouse.ops`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typer.core import TyperGroup
 
 from posthouse import secrets
 from posthouse.ops import backup as backups
+from posthouse.ops import drill as drills
 from posthouse.ops import restore
+from posthouse.ops.merge import Wanted
 from posthouse.ops.repository import Repository
 from posthouse.sitefile import load
 
@@ -158,7 +160,7 @@ def restore_message(
     if message.isdigit() and not folder:
         raise typer.BadParameter("a UID counts in one folder; name it with --folder")
     loaded = load(site)
-    wanted = restore.Wanted(folder, message, into)
+    wanted = Wanted(folder, message, into)
     _restored(restore.mail(loaded, secrets.ensure(loaded), address, wanted, at=at, check=check), as_json, check)
 
 
@@ -174,7 +176,7 @@ def restore_folder(
 ) -> None:
     """Bring back what a folder lacks."""
     loaded = load(site)
-    wanted = restore.Wanted(folder, None, into)
+    wanted = Wanted(folder, None, into)
     _restored(restore.mail(loaded, secrets.ensure(loaded), address, wanted, at=at, check=check), as_json, check)
 
 
@@ -189,7 +191,7 @@ def restore_mailbox(
 ) -> None:
     """Bring back what an account's mailbox lacks: folders, messages, rights, annotations, Sieve scripts."""
     loaded = load(site)
-    wanted = restore.Wanted(None, None, into)
+    wanted = Wanted(None, None, into)
     _restored(restore.mail(loaded, secrets.ensure(loaded), address, wanted, at=at, check=check), as_json, check)
 
 
@@ -200,3 +202,69 @@ def restore_account(
     """Bring a deleted account back: its entry and password, limit, mail, rights and Sieve scripts."""
     loaded = load(site)
     _restored(restore.account(loaded, secrets.ensure(loaded), address, at=at, check=check), as_json, check)
+
+
+@restore_app.command("directory")
+def restore_directory(site: SiteName = "lab", at: At = None, check: Check = False, as_json: Json = False) -> None:
+    """Take all accounts' entries back to what they were; accounts made since stay."""
+    loaded = load(site)
+    result = restore.directory(loaded, secrets.ensure(loaded), at=at, check=check)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for address in result["made"]:
+        console.print(f"{'would make' if check else 'made'} {address}", markup=False)
+    for address, attributes in result["changed"].items():
+        console.print(f"{'would change' if check else 'changed'} {address}: {', '.join(attributes)}", markup=False)
+    console.print(f"{len(result['made'])} entries made, {len(result['changed'])} changed, from {result['backup']}")
+
+
+@restore_app.command("queue")
+def restore_queue(
+    node: Annotated[str, typer.Argument(help="The node whose queues they were.")],
+    site: SiteOption = "lab",
+    at: At = None,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Queue again what waited on a node at a backup. Only where the node lost it: what was sent since is sent twice."""
+    loaded = load(site)
+    result = restore.queue(loaded, secrets.ensure(loaded), node, at=at, check=check)
+    if as_json:
+        print(json.dumps(result))
+        return
+    counts = ", ".join(f"{count} of {tier}" for tier, count in result["messages"].items())
+    console.print(f"{node}: {counts} messages {'would be ' if check else ''}queued, from {result['backup']}")
+
+
+def drill(
+    site: SiteName = "lab",
+    status: Annotated[bool, typer.Option("--status", help="Only say whether the last one is young and good.")] = False,
+    at: At = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the drill's lab running.")] = False,
+    check: Check = False,
+    as_json: Json = False,
+) -> None:
+    """Restore the last backup into an isolated lab, compare it with the live data, and publish RTO and RPO."""
+    loaded = load(site)
+    if status:
+        state = drills.status(loaded)
+        if as_json:
+            print(json.dumps(state))
+        else:
+            console.print(state["finding"] or f"good: {state['last']['backup']}, {state['last']['time']}", markup=False)
+        if not state["ok"]:
+            raise typer.Exit(1)
+        return
+    result = drills.drill(loaded, at=at, check=check, keep=keep, say=_say)
+    if as_json:
+        print(json.dumps(result))
+    elif not check:
+        console.print(
+            f"{'passed' if result['ok'] else 'FAILED: ' + result['failed']}: RTO {result['rto_seconds']} s, "
+            f"RPO {result['rpo_seconds']} s and {result['newer']} messages; {result['restored']} restored, "
+            f"{result['equal']} equal, {result['gone']} no longer live, {result['damaged']} damaged",
+            markup=False,
+        )
+    if not check and not result["ok"]:
+        raise typer.Exit(1)

@@ -20,6 +20,7 @@ from posthouse import (
     backup_cli,
     drift_cli,
     failover_cli,
+    move_cli,
     node_cli,
     probe_cli,
     provision_cli,
@@ -38,7 +39,10 @@ app.add_typer(account_cli.app, name="account")
 failover_cli.add(app)
 app.add_typer(backup_cli.app, name="backup")
 app.add_typer(backup_cli.restore_app, name="restore")
+app.command()(backup_cli.drill)
 app.add_typer(provision_cli.app, name="provision")
+app.command()(move_cli.move)
+app.command()(move_cli.rebalance)
 app.add_typer(lab_app, name="lab")
 app.add_typer(bench_app, name="bench")
 app.add_typer(probe_cli.app, name="ledger")

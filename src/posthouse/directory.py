@@ -140,6 +140,42 @@ class Directory:
         if changes:
             self._ask(lambda c: c.modify(self._dn(want.address), changes))
 
+    def put(self, dn: str, attributes: dict[str, list[bytes]]) -> None:
+        """Makes an entry of a backup, as it was. Raises AddressTaken, DirectoryError."""
+        classes = [name.decode() for name in attributes["objectClass"]]
+        rest = {name: values for name, values in attributes.items() if name != "objectClass"}
+        self._ask(lambda c: c.add(dn, classes, rest), again=False)
+
+    def replace(self, dn: str, attributes: dict[str, list[bytes]]) -> None:
+        """Sets attributes of an entry; those without values go. Raises AddressTaken, DirectoryError."""
+        changes = {name: [(ldap3.MODIFY_REPLACE, values)] for name, values in attributes.items()}
+        self._ask(lambda c: c.modify(dn, changes))
+
+    def move(self, address: str, source: str, target: str, since: int) -> None:
+        """Makes another store the account's, and notes the copy that is left on `source`; both or neither.
+
+        since: when the two copies were the same, in seconds since 1970. Raises DirectoryError, also if the account
+        is not on `source` any more.
+        """
+        old, new = self._site.stores[source].host, self._site.stores[target].host
+        changes = {
+            "mailHost": [(ldap3.MODIFY_DELETE, [old]), (ldap3.MODIFY_ADD, [new])],
+            "posthouseMovedFrom": [(ldap3.MODIFY_ADD, [f"{source} {since}"])],
+        }
+        self._ask(lambda c: c.modify(self._dn(address), changes), again=False)
+
+    def moved(self, address: str) -> tuple[str, int] | None:
+        """The store that has a former copy of the account's mailbox, and since when. Raises DirectoryError."""
+        found = self._search(self._dn(address), "(posthouseMovedFrom=*)", ldap3.BASE, ["posthouseMovedFrom"])
+        if not found:
+            return None
+        store, since = found[0]["posthouseMovedFrom"][0].split()
+        return store, int(since)
+
+    def settled(self, address: str) -> None:
+        """Notes that no former copy is left. Raises DirectoryError."""
+        self._ask(lambda c: c.modify(self._dn(address), {"posthouseMovedFrom": [(ldap3.MODIFY_REPLACE, [])]}))
+
     def set_password(self, address: str, password_hash: str) -> None:
         """Replaces the password. Raises DirectoryError."""
         change = {"userPassword": [(ldap3.MODIFY_REPLACE, [password_hash])]}

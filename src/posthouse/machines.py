@@ -112,6 +112,9 @@ class Install(Strict):
             yield (*place, "disk", "min_gib"), f"{reason}; make it more than {least:g}, or root_gib smaller"
         if self.method in SOURCES and not self.source:
             yield (*place, "source"), f"is missing, and {self.method} needs it: {SOURCES[self.method]}"
+        if self.method == "kickstart" and (self.source or "").startswith("https:"):
+            reason = "iPXE fetches the installer's kernel there, and Debian's speaks no HTTPS"
+            yield (*place, "source"), f"{reason}; write it with http://"
         if self.method not in SOURCES and self.source:
             yield (*place, "source"), f"{self.method} takes nothing from there; leave it out"
         if self.method == "kickstart" and not self.release:

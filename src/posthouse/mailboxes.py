@@ -116,6 +116,49 @@ class Mailboxes:
         except (imaplib.IMAP4.error, OSError) as error:
             raise self._admin_error(error) from None
 
+    def scripts(self, address: str) -> dict[str, tuple[str, bool]]:
+        """The account's Sieve scripts: {name: (text, whether it is the active one)}. Raises StoreError."""
+        try:
+            sieve = ManageSieve(self.store, self._tls)
+            sieve.login(address, "proxy", self._passwords["store_proxy"])
+            names, active = sieve.scripts()
+            found = {name: (sieve.get(name), name == active) for name in names}
+            sieve.close()
+        except (SieveError, OSError) as error:
+            raise self._error("ManageSieve", error) from None
+        return found
+
+    def aside(self, address: str) -> dict[str, str]:
+        """What the last `delete` put aside: {a folder's name there: its name when it was the account's}.
+
+        The administrator may read them from now on. Scripts are removed for good: should the account come back to this
+        store, Cyrus would take the mailbox with its scripts out of there, and not install them. Raises StoreError.
+        """
+        local, _, domain = address.partition("@")
+        # DELETED/user/alice/Folder/6B0C1D2E@lab.test: the last part is when, in hexadecimal seconds.
+        pattern = re.compile(rf"DELETED/user/{re.escape(local)}/(?:(.*)/)?([0-9A-F]{{8}})@{re.escape(domain)}")
+        try:
+            answer = _expect(self._admin().list('""', f'"DELETED/user/{local}/*@{domain}"'))
+            matches = [match for name in folder_names(answer) if (match := pattern.fullmatch(name))]
+            # Its folders go one after the other; a delete before this one was longer ago.
+            last = max((int(match[2], 16) for match in matches), default=0)
+            names = {match[0]: match[1] or "INBOX" for match in matches if last - int(match[2], 16) < 60}
+            for name, own in names.items():
+                _expect(self._admin().setacl(quoted(name), "admin", "lrx"))
+                if own == "#sieve":
+                    _expect(self._admin().delete(quoted(name)))
+        except (imaplib.IMAP4.error, OSError) as error:
+            raise self._admin_error(error) from None
+        return {name: own for name, own in names.items() if own != "#sieve"}
+
+    @contextmanager
+    def administration(self) -> Iterator[imaplib.IMAP4]:
+        """The administrator's IMAP session. Raises StoreError."""
+        try:
+            yield self._admin()
+        except (imaplib.IMAP4.error, OSError) as error:
+            raise self._admin_error(error) from None
+
     def install_script(self, address: str, threshold: int) -> None:
         """Puts the default Sieve script in place, active unless the user has one of their own. Raises StoreError."""
         text = _templates.get_template("sieve/default.sieve.j2").render(threshold=threshold)

@@ -225,7 +225,7 @@ class Backup(Strict):
         Annotated[str, AfterValidator(_checked(r"(/|rclone:[\w.-]+:)[^\x00-\x1f\x7f]*", _REPOSITORY))] | None
     ) = Field(
         None,
-        description="a folder of the controller's, or one of its rclone remotes; /var/lib/posthouse/backup/SITE if left out",
+        description="a folder of the controller's, or rclone:REMOTE:PATH; by default /var/lib/posthouse/backup/SITE",
     )
     keep: Keep = Keep()
     drill_days: int = Field(31, ge=1, description="after so many days without a drill, `drill --status` is red")

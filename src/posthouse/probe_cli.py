@@ -38,6 +38,7 @@ def probe(
     sessions: Annotated[int, typer.Option(min=0, max=500, help="IMAP sessions that stay open.")] = 0,
     seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 60,
     count: Annotated[int | None, typer.Option(min=1, help="At most so many of each kind.")] = None,
+    patience: Annotated[float, typer.Option(min=1, help="Seconds without an answer that count as a failure.")] = 20,
     record: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Note every 250 there, for `ledger check`; added to.")
     ] = None,
@@ -58,7 +59,7 @@ def probe(
     run.reach(loaded)
     with closing(Ledger(record)) as ledger:
         persons = read_people(loaded, people) if people else made_people(loaded, each)
-        made = Probe(loaded, persons, rates, ledger, count)
+        made = Probe(loaded, persons, rates, ledger, count, patience)
         with _outside(made.platform) as outside, Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("probing", total=seconds)
             with made:

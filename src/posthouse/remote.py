@@ -78,6 +78,11 @@ class Remote:
                 text = complaints[name].decode(errors="replace").strip()
                 raise RemoteError(name, process.returncode, text or f"exit status {process.returncode}")
 
+    def open(self, node: str, command: str) -> subprocess.Popen[str]:
+        """A command on a node that is talked to, by its standard input and output."""
+        ssh = ["ssh", "-F", self.config, node, command]
+        return subprocess.Popen(ssh, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, errors="replace")
+
     def each(self, nodes: Iterable[str], command: str, timeout: float = 120) -> dict[str, str]:
         """The same command on several nodes, side by side: {node: what it prints}. Raises the first RemoteError."""
         names = list(nodes)

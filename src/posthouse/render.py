@@ -126,7 +126,9 @@ def sources(tier: str) -> dict[str, Path]:
     """The files below a role's templates/, by the path where they land on a node (which may contain {each} names)."""
     folder = roles.ROLES / tier / "templates"
     return {
-        f"/{path.relative_to(folder)}".removesuffix(".j2"): path for path in sorted(folder.rglob("*")) if path.is_file()
+        f"/{path.relative_to(folder)}".removesuffix(".j2"): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.parent.name != "__pycache__"
     }
 
 

@@ -36,6 +36,7 @@ ORDER = [
     "test_probe",
     "test_backup",
     "test_changes",
+    "test_move",
     "test_outages",
     "test_nodes",
     "test_failover",

@@ -1,4 +1,4 @@
-"""Backups off the replicas, and mail that comes back from them: byte for byte, with flags, dates, rights and scripts."""
+"""Backups off the replicas, and mail that comes back from them: byte for byte, with flags, dates and rights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from posthouse import run, secrets
+from posthouse.ops.backup import stands
 from posthouse.ops.imap import Message, Session
 from posthouse.ops.repository import Repository
 from posthouse.probe.clients import Imap, Person, Platform, Sieve, Smtp, eventually, letter
+from posthouse.remote import Remote
 
 SENDER = "stranger@example.net"
 SCRIPT = 'require "fileinto";\r\nif header :contains "subject" "parcels" { fileinto "Archive"; }\r\n'
@@ -85,20 +87,19 @@ def owner(site: Any, platform: Platform, posthouse: Any, own: Any, size: int) ->
     sieve = Sieve(platform, person)
     sieve.activate(SCRIPT, "mine")
     sieve.close()
-    primary = {s.name: s.primary for s in site.stores.values()}[store]
-    _until_replicated(site, primary, store)
+    _until_replicated(site, store)
     made.first = json.loads(posthouse("backup", site.name, "--json"))
     made.second = json.loads(posthouse("backup", site.name, "--json"))
     made.messages = _state(own, person)
     return made
 
 
-def _until_replicated(site: Any, primary: str, store: str) -> None:
+def _until_replicated(site: Any, store: str) -> None:
     """Waits until nothing is left to be told to the store's replicas."""
-    from posthouse.remote import Remote
-
+    remote = Remote(site)
+    primary = stands(remote, site)[store]
     waiting = f"find /srv/store/{store}/config/sync -name 'log*' -size +0"
-    eventually(lambda: not Remote(site).run(primary, waiting).strip(), 30, "the replica is up to date")
+    eventually(lambda: not remote.run(primary, waiting).strip(), 60, "the replica is up to date")
 
 
 def _state(own: Any, person: Person) -> dict[str, list[Message]]:
@@ -141,9 +142,10 @@ def test_incremental(owner, size):
 def test_off_the_replica(site, owner):
     """Stores are backed up off their replicas, which stand still for a moment only"""
     parts = {part["name"]: part for part in owner.second["parts"]}
-    for store in site.stores.values():
-        assert parts[f"store:{store.name}"]["node"] in store.replicas
-        assert parts[f"store:{store.name}"]["frozen_ms"] < 5000
+    primaries = stands(Remote(site), site)
+    for name in site.stores:
+        assert parts[f"store:{name}"]["node"] != primaries[name]
+        assert parts[f"store:{name}"]["frozen_ms"] < 5000
 
 
 def test_encrypted(site, owner):
@@ -313,3 +315,37 @@ def test_refusals(site, own, posthouse, owner, repository):
     assert "no backup repository there" in _refused(site, *mailbox)
     assert not repository.exists()
     assert _state(own, owner.person) == before
+
+
+def test_directory(site, posthouse, owner):
+    """Entries that were changed since go back to what they were, and every account stays on its store"""
+    address, other = owner.person.address, f"other.{uuid.uuid4().hex[:6]}@{site.domain}"
+    posthouse("account", "alias", address, "--add", other, "--site", site.name)
+    posthouse("account", "suspend", address, "--site", site.name)
+    at = ("--at", owner.second["backup"], "--json")
+    would = json.loads(posthouse("restore", "directory", site.name, "--check", *at))
+    assert set(would["changed"][address]) == {"mailLocalAddress", "posthouseStatus"}
+    assert json.loads(posthouse("account", "show", address, "--site", site.name, "--json"))["status"] == "suspended"
+    posthouse("restore", "directory", site.name, *at)
+    shown = json.loads(posthouse("account", "show", address, "--site", site.name, "--json"))
+    assert (shown["status"], shown["aliases"], shown["store"]) == ("active", [], owner.person.store)
+    assert address not in json.loads(posthouse("restore", "directory", site.name, "--check", *at))["changed"]
+
+
+def test_queue(site, nodes, posthouse, world):
+    """A message that waited in a queue that was lost is queued again, once, and reaches its reader"""
+    node, recipient = nodes.of("outbound")[0], f"waiting.{uuid.uuid4().hex[:6]}@example.net"
+    nodes.run(node, "systemctl stop postfix-outbound")
+    try:
+        command = f"sendmail -C /etc/postfix-outbound -f someone@{site.domain} {recipient}"
+        nodes.run(node, f"printf 'Subject: waiting\\n\\nstill\\n' | {command}")
+        posthouse("backup", site.name)
+        nodes.run(node, "rm /srv/postfix/outbound/maildrop/*")
+    finally:
+        nodes.run(node, "systemctl start postfix-outbound")
+    queue = ("restore", "queue", node, "--site", site.name, "--json")
+    assert json.loads(posthouse(*queue, "--check"))["messages"]["outbound"] == 1
+    assert not world.to(recipient)
+    assert json.loads(posthouse(*queue))["messages"]["outbound"] == 1
+    eventually(lambda: world.to(recipient), 60, "the message that waited")
+    assert json.loads(posthouse(*queue))["messages"]["outbound"] == 0

@@ -223,7 +223,7 @@ def _holds(nodes: Any, store: Any, node: str) -> bool:
     return f" {store.address}/" in nodes.run(node, "ip -4 -o address show")
 
 
-def test_refused(nodes, people, site, posthouse, home):
+def test_refused(platform, nodes, people, site, posthouse, home):
     """What must not be done is refused, with the reason, and nothing changes"""
     store = people.alice.store
     stranger = next(node for node in nodes.of("store") if node not in (home[store].primary, *home[store].in_sync))
@@ -234,10 +234,8 @@ def test_refused(nodes, people, site, posthouse, home):
     with run.exclusive(site):
         posthouse(*command, store, status=1)
     with paused(nodes, home[store].primary, f"'cyrus-sync-{store}@*'"):
-        nodes.run(
-            home[store].primary,
-            f"echo 'USER nobody@{site.domain}' >> /srv/store/{store}/config/sync/{home[store].in_sync[0]}/log",
-        )
+        with Imap(platform, people.alice) as imap:
+            imap.append("Drafts", "", "", letter(people.alice.address, people.bob.address).data)
         eventually(lambda: not failover.states(site)[store].in_sync, 30, "a replica that is not in sync")
         posthouse(*command, store, status=1)
     assert failover.primaries(site) == {name: state.primary for name, state in home.items()}

@@ -252,11 +252,16 @@ class Own:
         return network.inside(Layout(OWN).namespace)
 
     def posthouse(self, *arguments: str, text: str | None = None) -> str:
-        """Runs `posthouse …` as an operator does; returns what it prints."""
-        command = [run.BIN / "posthouse", *arguments]
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=900)
+        """Runs `posthouse …` as an operator does, in the machine's own network; returns what it prints."""
+        done = self.attempt(*arguments, text=text)
         assert done.returncode == 0, f"posthouse {' '.join(arguments)}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def attempt(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Runs `posthouse …`, whatever comes of it."""
+        # This process is in the other lab's network, from which no package can be fetched.
+        command = ["nsenter", "--net=/proc/1/ns/net", str(run.BIN / "posthouse"), *arguments]
+        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=1800)
 
     def down(self) -> None:
         """Nothing is left of it."""
@@ -352,6 +357,42 @@ def test_rebuild(own):
             assert sorted(map(digest, found)) == sorted(digest(message.data) for message in letters)
             eventually(lambda: imap.messages(new.id), 60, "new mail in the mailbox")
     eventually(lambda: replicated(nodes, store, new.id), 60, "the new message on the rebuilt node and on its peer")
+
+
+def test_retire(own):
+    """A node without stores goes for good: no balancer knows it any more, and the others restart nothing"""
+    site = own.site
+    assert "mail4" in site.nodes, "test_expand has put it there"
+    own.posthouse("retire", "mail4", "--site", OWN, "--wait", "3")
+    assert "mail4" not in {node["name"] for node in lab.status(OWN)}
+    del own.data["nodes"]["mail4"]
+    own.write()
+    before = main_pids(own.nodes)
+    own.posthouse("deploy", OWN)
+    assert main_pids(own.nodes) == before
+    assert "mail4" not in own.nodes.run("lb1", "echo 'show servers state' | socat - /run/haproxy/admin.sock")
+    done = own.attempt("retire", "mail1", "--site", OWN)
+    assert done.returncode != 0
+    assert "directory.providers: mail1 is one of them" in done.stderr
+
+
+@pytest.mark.full
+def test_upgrade(own):
+    """An upgrade that was not rehearsed is refused; rehearsed on a copy, it is done node by node"""
+    versions = own.nodes.run("mail1", "apt-get -qq update; apt-cache madison openssl").splitlines()
+    newest, *older = dict.fromkeys(line.split("|")[1].strip() for line in versions)
+    assert older, "the mirror has no older openssl to begin with"
+    own.nodes.run(
+        "mail1", f"DEBIAN_FRONTEND=noninteractive apt-get -qq -y --allow-downgrades install openssl={older[0]}"
+    )
+    refused = own.attempt("upgrade", "--site", OWN)
+    assert refused.returncode != 0
+    assert "was never rehearsed" in refused.stderr
+    own.posthouse("upgrade", "--rehearse", "--site", OWN)
+    report = json.loads(own.posthouse("upgrade", "--site", OWN, "--wait", "3", "--json"))
+    assert {step["node"] for step in report["steps"]} == {"mail1"}
+    assert own.nodes.run("mail1", "dpkg-query -W -f '${Version}' openssl") == newest
+    assert json.loads(own.posthouse("upgrade", "--site", OWN, "--json"))["changed"] is False
 
 
 def replicated(nodes: Nodes, store: Any, message_id: str) -> bool:

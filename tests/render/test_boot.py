@@ -23,7 +23,7 @@ from posthouse.sitefile import load, parse
 SOUND = (Path(__file__).parents[1] / "cases" / "sound.yml").read_text()
 SOURCES = {
     "preseed": "http://mirror.lab.test/debian",
-    "kickstart": "https://mirror.lab.test/el/BaseOS/x86_64/os",
+    "kickstart": "http://mirror.lab.test/el/BaseOS/x86_64/os",
 }
 DISKS = {
     "plain": {},

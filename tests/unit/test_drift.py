@@ -7,6 +7,7 @@ import pytest
 from posthouse.directory import Account
 from posthouse.ops import drift_node
 from posthouse.ops.drift import Finding, _layers, _stores, lagging, misplaced
+from posthouse.ops.failover import State
 
 ONE, TWO = "20261126120000.000001Z#000000#001#000000", "20261126120005.000001Z#000000#001#000000"
 
@@ -69,7 +70,7 @@ def seen(site, *holders: str, behind: float = 0.0) -> dict:
         addresses = [s.address for s in site.stores.values() if s.primary == node.name and s.name != "s01"]
         addresses += [site.stores["s01"].address] if node.name in holders else []
         stores = {s.name: dict.fromkeys(s.replicas, behind if s.name == "s01" else 0.0) for s in site.stores.values()}
-        data = {"addresses": addresses, "directory": None, "stores": stores, "held": []}
+        data = {"addresses": addresses, "directory": None, "stores": stores, "held": [], "stopped": {}}
         found[node.name] = {"files": [], "daemons": [], "data": data}
     return found
 
@@ -78,13 +79,15 @@ def test_stores(site):
     store = site.stores["s01"]
     first, second = store.primary, store.replicas[0]
 
+    states = {name: State(one.primary, in_sync=one.replicas) for name, one in site.stores.items()}
+
     def what(*holders: str, behind: float = 0.0) -> list[tuple[str, str, str]]:
-        return [(f.node, f.thing, f.what) for f in _stores(site, seen(site, *holders, behind=behind))]
+        return [(f.node, f.thing, f.what) for f in _stores(site, seen(site, *holders, behind=behind), states)]
 
     assert what(first) == []
     assert what(first, behind=9) == []
     assert what() == [(first, "s01", "nobody serves it: no node has its address")]
-    assert what(second) == [(second, "s01", f"is served here; the site says {first}")]
+    assert what(second) == [(second, "s01", f"is served here; the site prefers {first}")]
     assert (second, "s01", f"{first} and {second} both serve it") in what(first, second)
     assert what(first, behind=11) == [(first, f"s01 on {second}", "is 11 s behind")]
 
@@ -94,7 +97,7 @@ def test_layers(site):
     found = seen(site, "mail1")
     found["mail1"]["files"] = [["/etc/hosts", "is missing", None]]
     found["mail1"]["daemons"] = [["x.service", "is old", "systemctl restart x.service"]]
-    found["mail1"]["data"]["held"] = ["/etc/postfix 4ABC"]
+    found["mail1"]["data"] |= {"held": ["/etc/postfix 4ABC"], "stopped": {"s01": ["a@lab.test"]}}
     found["mail2"] = "mail2: no route"
     assert list(_layers(site, found)) == [
         Finding("mail1", "files", "/etc/hosts", "is missing", f"posthouse deploy {site.name} --limit mail1"),
@@ -105,6 +108,13 @@ def test_layers(site):
             "message 4ABC",
             "is held in the queue of /etc/postfix",
             "on mail1: postsuper -c /etc/postfix -H 4ABC",
+        ),
+        Finding(
+            "mail1",
+            "data",
+            "a@lab.test on s01",
+            "has its deliveries held",
+            "run again what moves it, which releases it at its end: posthouse move a@lab.test --to STORE",
         ),
         Finding(
             "mail2",

@@ -59,6 +59,7 @@ def test_files_are_the_owners_alone_and_show_nothing(folder: Path, made: Secrets
 
 def test_all_that_roles_ask_for_is_there(site: Site, made: Secrets) -> None:
     asked = {name for tier in roles.TIERS for name in roles.manifest(tier).get("secrets", [])}
+    asked.add("backup_repository")  # the controller's own
     assert set(made.passwords) == asked
     assert len(set(made.passwords.values())) == len(asked)
     assert set(made.ssh["host_keys"]) == set(site.nodes)

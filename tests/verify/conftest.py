@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +89,12 @@ def node(ctx: dict[str, Any]) -> SimpleNamespace:
 def host(node_name: str, request: pytest.FixtureRequest) -> Any:
     """The testinfra host of the node."""
     return testinfra.get_host(f"ssh://{node_name}", ssh_config=str(request.config.stash[SSH]))
+
+
+@pytest.fixture
+def elsewhere(request: pytest.FixtureRequest) -> Callable[[str], Any]:
+    """The testinfra host of another node, by its name."""
+    return lambda name: testinfra.get_host(f"ssh://{name}", ssh_config=str(request.config.stash[SSH]))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,6 +37,13 @@ def test_every_server_is_up_or_drained_on_purpose(host: Any, ctx: Variables) -> 
     want = {(pool, node["name"]) for pool, tier in POOLS.items() for node in ctx["tier_nodes"][tier]}
     assert set(states) == want
     assert {name: state for name, state in states.items() if not state.startswith(("UP", "DRAIN"))} == {}
+
+
+def test_who_is_drained_here_knows_it(host: Any, elsewhere: Callable[[str], Any]) -> None:
+    """A node that is out of the pools but not marked was forgotten: undrain or drain it."""
+    answer = host.check_output("echo show stat | socat - /run/haproxy/admin.sock").removeprefix("# ")
+    drained = {row["svname"] for row in csv.DictReader(answer.splitlines()) if row["status"].startswith("DRAIN")}
+    assert {name for name in drained if not elsewhere(name).file("/var/lib/posthouse/drained").exists} == set()
 
 
 def test_only_root_may_drain(host: Any) -> None:

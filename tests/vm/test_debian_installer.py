@@ -6,6 +6,7 @@ what to do, and that is the first question it may ask.
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.full]
 
 NAME, NODE, ADDRESS = "tmp-installer", "box1", "10.77.0.31"
 PATIENCE = 2400  # seconds; two minutes or three where nothing else runs
-# What the installer says before it asks anything, in the text that it shows on a serial line.
-QUESTION = "Prompt:"
+# What the installer says when it waits for a key, in the text that it shows on a serial line.
+QUESTION = re.compile(r"Prompt:|\[Press enter to continue\]")
 SITE = f"""\
 name: {NAME}
 domains: [lab.test]
@@ -82,7 +83,7 @@ def seen() -> Iterator[Seen]:
         (state / "console").touch()  # QEMU makes it a moment later, and adds to what is there
         records = Records(site)
         deadline = time.monotonic() + PATIENCE
-        while QUESTION not in (console := (state / "console").read_text(errors="replace")):
+        while not QUESTION.search(console := (state / "console").read_text(errors="replace")):
             record = records.read(NODE)
             assert not record.reason, record.reason
             assert time.monotonic() < deadline, console[-2000:]
@@ -111,9 +112,9 @@ def test_it_comes_by_its_network_to_its_answers(seen: Seen):
 
 def test_it_asks_nothing_that_is_answered(seen: Seen):
     """A first question there may be: what to do about a mirror that does not have what it should."""
-    asked, _, _ = seen.console.partition(QUESTION)
+    asked = QUESTION.split(seen.console)[0]
     if seen.record.phase != "installing":
-        assert "failed to download a file from the mirror" in asked or "download" in asked.splitlines()[-1]
+        assert "Download installer components" in asked
     for part in ("language", "hostname", "keyboard", "password"):
         assert f"{part}:" not in asked.lower()
 

@@ -224,7 +224,7 @@ def kept(found: list[Backup], keep: Keep) -> set[str]:
 
 
 def prune(site: Site, secrets: Secrets, *, check: bool = False) -> dict[str, list[str]]:
-    """Removes the backups that the site no longer keeps, and what only they held. Returns {"kept", "removed"}: names."""
+    """Removes the backups that the site no longer keeps, and what only they held. Returns the {"kept", "removed"}."""
     repository = Repository(site, secrets)
     with run.exclusive(site):
         repository.require()
@@ -305,6 +305,7 @@ def _queue_copy(tier: str) -> str:
     """Copies a queue while its Postfix stands still: for no longer than the copy takes, whatever becomes of us."""
     unit, target = f"{QUEUES[tier]}.service", f"{QUEUE_SNAPSHOT}/{tier}"
     return (
-        f"(trap 'systemctl thaw {unit}' EXIT; mkdir {target}; cd /srv/postfix/{tier}\n"
-        f"systemctl freeze {unit}; timeout 20 cp -a --parents {QUEUE_FOLDERS} {target})"
+        f"(mkdir {target}; cd /srv/postfix/{tier}\n"
+        f"if systemctl is-active --quiet {unit}; then trap 'systemctl thaw {unit}' EXIT; systemctl freeze {unit}; fi\n"
+        f"timeout 20 cp -a --parents {QUEUE_FOLDERS} {target})"
     )

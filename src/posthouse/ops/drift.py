@@ -19,7 +19,7 @@ from posthouse import render, roles
 from posthouse.directory import Account, Directory, DirectoryError
 from posthouse.mailboxes import Mailboxes, StoreError
 from posthouse.model import Node, Site
-from posthouse.ops import drift_node
+from posthouse.ops import drift_node, failover
 from posthouse.probe.search import QUEUES
 from posthouse.remote import Remote, RemoteError
 from posthouse.secrets import Secrets
@@ -57,11 +57,17 @@ def drift(site: Site, secrets: Secrets) -> Report:
     """
     started = time.monotonic()
     reached = Remote(site)
-    with ThreadPoolExecutor(len(site.nodes) + 1) as pool:
+    with ThreadPoolExecutor(len(site.nodes) + 2) as pool:
         mailboxes = pool.submit(_mailboxes, site, secrets)
+        states = pool.submit(failover.states, site, reached)
         looks = pool.map(lambda node: _look(site, secrets, reached, node), site.nodes.values())
         seen = dict(zip(site.nodes, looks, strict=True))
-        findings = [*_layers(site, seen), *_directories(site, reached, seen), *_stores(site, seen), *mailboxes.result()]
+        findings = [*_layers(site, seen), *_directories(site, reached, seen), *mailboxes.result()]
+        try:
+            findings += _stores(site, seen, states.result())
+        except failover.FailoverError as error:
+            fix = f"posthouse verify {site.name} --tier store"
+            findings.append(Finding(next(iter(site.nodes)), "data", "the cluster", f"cannot be asked: {error}", fix))
     order = [*site.nodes, *site.stores]
     findings.sort(key=lambda finding: order.index(finding.node) if finding.node in order else len(order))
     return Report(len(site.nodes), findings, round(time.monotonic() - started, 1))
@@ -106,6 +112,10 @@ def _layers(site: Site, seen: Mapping[str, dict[str, Any] | str]) -> Iterator[Fi
             place, _, identifier = held.partition(" ")
             fix = f"on {node}: postsuper -c {place} -H {identifier}"
             yield Finding(node, "data", f"message {identifier}", f"is held in the queue of {place}", fix)
+        for store, accounts in found["data"]["stopped"].items():
+            for account in accounts:
+                fix = f"run again what moves it, which releases it at its end: posthouse move {account} --to STORE"
+                yield Finding(node, "data", f"{account} on {store}", "has its deliveries held", fix)
 
 
 def lagging(directories: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -149,25 +159,31 @@ def _directories(site: Site, reached: Remote, seen: Mapping[str, dict[str, Any] 
         yield Finding(node, "data", "the directory", what, "copy it anew: docs/directory.md, 'A node that differs'")
 
 
-def _stores(site: Site, seen: Mapping[str, dict[str, Any] | str]) -> Iterator[Finding]:
-    """Stores that nobody serves, or two do, or another node than the site says; and replicas that are behind."""
+def _stores(
+    site: Site, seen: Mapping[str, dict[str, Any] | str], states: Mapping[str, failover.State]
+) -> Iterator[Finding]:
+    """Stores that nobody serves, or two do, or not the preferred node; replicas that could not take over."""
     for store in site.stores.values():
         members = {name: data for name in (store.primary, *store.replicas) if (data := _data_of(seen[name]))}
         holders = [name for name, data in members.items() if store.address in data["addresses"]]
         if not holders and store.primary in members:
-            fix = f"posthouse deploy {site.name} --limit {store.primary}"
+            fix = f"posthouse stores {site.name} says who should; then: posthouse deploy {site.name}"
             yield Finding(store.primary, "data", store.name, "nobody serves it: no node has its address", fix)
         if len(holders) > 1:
             fix = f"stop it where it is wrong, at once: systemctl stop cyrus@{store.name}"
             yield Finding(holders[1], "data", store.name, f"{' and '.join(holders)} both serve it", fix)
         for holder in holders:
             if holder != store.primary:
-                fix = f"posthouse failover {store.name} --to {store.primary}"
-                yield Finding(holder, "data", store.name, f"is served here; the site says {store.primary}", fix)
+                fix = f"posthouse failback {store.name} --site {site.name}"
+                yield Finding(holder, "data", store.name, f"is served here; the site prefers {store.primary}", fix)
             for peer, seconds in members[holder]["stores"][store.name].items():
+                again = f"on {holder}: systemctl restart cyrus-sync-{store.name}@{peer}"
                 if seconds > BEHIND:
-                    fix = f"on {holder}: systemctl restart cyrus-sync-{store.name}@{peer}"
-                    yield Finding(holder, "data", f"{store.name} on {peer}", f"is {seconds:.0f} s behind", fix)
+                    yield Finding(holder, "data", f"{store.name} on {peer}", f"is {seconds:.0f} s behind", again)
+                elif site.cluster and store.name in states and peer not in states[store.name].in_sync:
+                    yield Finding(
+                        holder, "data", f"{store.name} on {peer}", "is not in sync, so could not serve", again
+                    )
 
 
 def _data_of(found: dict[str, Any] | str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Whole mailboxes over IMAP, as their owner sees them: folders with rights and annotations, messages with flags and dates.
+"""Whole mailboxes over IMAP, as their owner sees them: folders with rights, messages with flags and dates.
 
 It is what Cyrus says of a message that counts here: DIGEST.SHA1, over all of its bytes, is its identity.
 """

@@ -1,4 +1,4 @@
-"""A store as it was: files out of a backup, under a private Cyrus of their own on the node that serves the store now."""
+"""A store as it was: files out of a backup, under a private Cyrus on the node that serves the store now."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHARED = ("/config/*.db", "/config/db", "/config/domain", "/config/quota")
 
 @dataclass(frozen=True)
 class Held:
-    """Where a backup has an account: in the snapshot `snapshot` of `store`, in the folders of these `ids` of Cyrus's."""
+    """Where a backup has an account: in a snapshot of a store, in the folders of these `ids` of Cyrus's."""
 
     backup: Backup
     store: str
@@ -99,7 +99,7 @@ class Past:
 def opened(
     site: Site, secrets: Secrets, remote: Remote, lent: Lent, node: str, held: Held, target: Store, whole: bool = False
 ) -> Iterator[tuple[Past, str]]:
-    """Brings the files of an account (or, `whole`, of its store) to a node that serves `target`, and runs Cyrus on them.
+    """Brings the files of an account (or, `whole`, of its store) to the node of `target`, and runs Cyrus on them.
 
     Yields the store of the past and the folder it is in. All of it is gone afterwards.
     """

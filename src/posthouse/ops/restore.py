@@ -1,68 +1,33 @@
-"""`posthouse restore`: mail out of a backup, back into place or beside it; what is there already is left as it is.
+"""`posthouse restore`: out of a backup back into place, or beside it; and all of a site at once, for `rebuild --site`.
 
-have + want → steps is `plan`; the steps add and never overwrite or remove, so a command that was killed is run again.
+Each verb looks at what is there and adds the rest, so a command that was killed is run again.
 """
 
 from __future__ import annotations
 
-import base64
-import imaplib
-import ssl
-from collections import Counter
+import shlex
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from posthouse import run
+from posthouse import secrets as all_secrets
 from posthouse.directory import Account, Directory
-from posthouse.mailboxes import Mailboxes, ManageSieve, SieveError
+from posthouse.mailboxes import Mailboxes
 from posthouse.model import Site
 from posthouse.ops import entries, past
-from posthouse.ops.backup import Backup, backups, choose, stands
-from posthouse.ops.imap import Folder, Message, Session
+from posthouse.ops.backup import DIRECTORY, QUEUE_SNAPSHOT, QUEUES, Backup, backups, choose, stands
+from posthouse.ops.merge import Wanted, account_mail
+from posthouse.ops.past import Held
 from posthouse.ops.repository import BackupError, Lent, Repository
 from posthouse.remote import Remote
 from posthouse.secrets import Secrets
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What to bring back of an account's mail: all, one folder (by its name as people read it), or of that one message.
-
-    identifier: a Message-ID, or a UID in `folder`. into: a folder beside everything, made if need be.
-    """
-
-    folder: str | None = None
-    identifier: str | None = None
-    into: str | None = None
-
-
-@dataclass
-class Step:
-    """One change of a live mailbox: `folder` gets what it lacks, and `messages` from the folder `source` of the past."""
-
-    folder: str
-    source: str
-    create: str | None = None  # the special use to make it with, perhaps empty; None if it is there
-    subscribe: bool = False
-    acl: dict[str, str] = field(default_factory=dict)
-    annotations: dict[str, bytes] = field(default_factory=dict)
-    messages: list[Message] = field(default_factory=list)
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to do."""
-        return self.create is None and not (self.subscribe or self.acl or self.annotations or self.messages)
-
-    def __str__(self) -> str:
-        words = ["make it"] if self.create is not None else []
-        words += [f"{len(self.messages)} messages"] if self.messages else []
-        words += [f"rights of {', '.join(sorted(self.acl))}"] if self.acl else []
-        words += [f"{len(self.annotations)} annotations"] if self.annotations else []
-        words += ["subscribe"] if self.subscribe else []
-        return f"{self.folder}: {', '.join(words)}"
+# Queues of which backups came back already, on each node: mail must not be sent twice.
+DONE = "/var/lib/posthouse/restored-queues"
 
 
 @dataclass
@@ -79,45 +44,6 @@ class Restored:
     def changed(self) -> bool:
         """Whether anything had to be done."""
         return bool(self.steps)
-
-
-def plan(have: dict[str, Folder], want: dict[str, Folder], into: str | None = None) -> list[Step]:
-    """The steps that bring back what a mailbox lacks of what it once held, by folders' names.
-
-    A message is there already if its folder has it, or another one that did not have it then: it was moved. What was
-    moved to the trash is not there. Beside (`into`), only what the new folder has counts.
-    """
-    moved: Counter[str] = Counter()
-    if into is None:
-        for name, folder in have.items():
-            if folder.use != "\\trash":
-                moved.update(message.digest for message in folder.messages)
-                moved.subtract(message.digest for message in (want[name].messages if name in want else ()))
-    steps = []
-    for source, folder in want.items():
-        target = source if into is None else into if source == "INBOX" or len(want) == 1 else f"{into}/{source}"
-        now = have.get(target)
-        here = Counter(message.digest for message in now.messages) if now else Counter()
-        step = Step(target, source)
-        if now is None:
-            step.create = folder.use if into is None else ""
-            step.subscribe = folder.subscribed or into is not None
-        for message in folder.messages:
-            if here[message.digest] > 0:
-                here[message.digest] -= 1
-            elif moved[message.digest] > 0:
-                moved[message.digest] -= 1
-            else:
-                step.messages.append(message)
-        if into is None:
-            step.subscribe = folder.subscribed and not (now and now.subscribed)
-            step.acl = {who: rights for who, rights in folder.acl.items() if not now or who not in now.acl}
-            step.annotations = {
-                key: value for key, value in folder.annotations.items() if not now or key not in now.annotations
-            }
-        if not step.empty:
-            steps.append(step)
-    return steps
 
 
 @dataclass
@@ -182,9 +108,7 @@ def account(site: Site, secrets: Secrets, address: str, *, at: str | None = None
         here.found = [one for one in here.found if one.name == backup.name]
         wish, password = entries.read(here.directory, entry)
         if wish.store not in site.stores:
-            raise BackupError(
-                f"{address}: its store {wish.store} is no longer in the site; add it, or another of that name"
-            )
+            raise BackupError(f"{address}: its store {wish.store} is no longer in the site; add one of that name")
         taken = here.directory.holders([wish.address, *wish.aliases])
         steps = [f"entry with {', '.join(a for a in (wish.address, *wish.aliases) if a not in taken)}"]
         steps += [f"without {alias}: it is {taken[alias].address}'s now" for alias in wish.aliases if alias in taken]
@@ -210,11 +134,74 @@ def account(site: Site, secrets: Secrets, address: str, *, at: str | None = None
         return done
 
 
+def directory(site: Site, secrets: Secrets, *, at: str | None = None, check: bool = False) -> dict[str, Any]:
+    """Takes the accounts' entries back to what they were; accounts made since stay, and each stays on its store.
+
+    Returns {"backup", "made": addresses, "changed": {address: attributes}}.
+    """
+    repository = Repository(site, secrets)
+    repository.require()
+    backup = choose(backups(repository), at)[0]
+    with run.exclusive(site):
+        return _directory(site, secrets, repository, Remote(site), backup, check)
+
+
+def queue(site: Site, secrets: Secrets, node: str, *, at: str | None = None, check: bool = False) -> dict[str, Any]:
+    """Puts the messages that waited on a node at a backup into its queues again, once for each backup.
+
+    Returns {"backup", "node", "messages": {tier: count}}.
+    """
+    repository = Repository(site, secrets)
+    repository.require()
+    found = [b for b in choose(backups(repository), at) if f"queues:{node}" in b.parts]
+    if not found or node not in site.nodes:
+        raise BackupError(
+            f"{node}: no backup has queues of a node of that name; see: posthouse backup list {site.name}"
+        )
+    with run.exclusive(site), repository.lent(remote := Remote(site)) as lent:
+        return _queue(site, lent, remote, found[0], node, node, check)
+
+
+def everything(
+    site: Site, secrets: Secrets, *, source: Site | None = None, at: str | None = None, say: Say = lambda text: None
+) -> dict[str, Any]:
+    """Fills freshly deployed nodes from a backup, of another site (`source`) if need be: a drill's.
+
+    Returns {"backup", "directory": entries made, "stores": {store: {"given": accounts, "merged": accounts}},
+    "queues": {node: messages}, "seconds"}. Raises BackupError, RemoteError, StoreError, DirectoryError.
+    """
+    started = time.monotonic()
+    origin = source or site
+    repository = Repository(origin, all_secrets.load(origin))
+    repository.require()
+    backup = choose(backups(repository), at)[0]
+    with run.exclusive(site):
+        remote = Remote(site)
+        say(f"backup {backup.name}")
+        made = len(_directory(site, secrets, repository, remote, backup, False)["made"])
+        say(f"directory: {made} accounts")
+        result: dict[str, Any] = {"backup": backup.name, "directory": made, "stores": {}, "queues": {}}
+        primaries = stands(remote, site)
+        contents = past.Contents(repository)
+        with repository.lent(remote) as lent:
+            for name in site.stores:
+                if f"store:{name}" not in backup.parts:
+                    continue
+                done = _store(site, secrets, remote, lent, primaries[name], name, backup, contents)
+                result["stores"][name] = done
+                say(f"{name}: {done['given']} mailboxes given to it, {done['merged']} merged with what was there")
+            for part in backup.parts:
+                kind, _, node = part.partition(":")
+                # What waited to be sent is not a drill's to send.
+                if kind == "queues" and node in site.nodes and source is None:
+                    result["queues"][node] = _queue(site, lent, remote, backup, node, node, False)["messages"]
+                    say(f"queues of {node}: {sum(result['queues'][node].values())} messages")
+    return result | {"seconds": round(time.monotonic() - started, 1)}
+
+
 def _mail(here: Opened, store: str, address: str, wanted: Wanted, check: bool) -> Restored:
     target = here.site.stores[store]
     node = here.primaries[store]
-    tls = ssl.create_default_context(cadata=here.secrets.ca_cert)
-    password = here.secrets.passwords["store_proxy"]
     looked = []
     for backup in here.found:
         held = here.contents.find(backup, address, store)
@@ -222,29 +209,10 @@ def _mail(here: Opened, store: str, address: str, wanted: Wanted, check: bool) -
         if held is None:
             continue
         with past.opened(here.site, here.secrets, here.remote, here.lent, node, held, target) as (then, _):
-            try:
-                session = then.mailbox(address)
-                want = _wanted(session, wanted)
-                if want is None:
-                    session.logout()
-                    continue
-                live = Session(target.host, target.address, 993, tls, address, "proxy", password)
-                have = {name: live.details(folder) for name, folder in live.folders().items()}
-                into = _wire(wanted.into) if wanted.into else None
-                steps = plan(have, want, into)
-                scripts = _scripts(here, then, address, store, check) if wanted == Wanted() else []
-                if not check:
-                    for step in steps:
-                        _act(step, session, live)
-                live.logout()
-                session.logout()
-            except (imaplib.IMAP4.error, SieveError, OSError) as error:
-                raise BackupError(
-                    f"{address} on {store}: {error}; nothing was overwritten, so run the command again when that is mended"
-                ) from None
-        count = sum(len(step.messages) for step in steps)
-        there = sum(len(folder.messages) for folder in want.values()) - count
-        return Restored(address, backup.name, [*map(str, steps), *scripts], count, there)
+            done = account_mail(here.secrets, then, target, address, wanted, check)
+        if done:
+            steps, count, there = done
+            return Restored(address, backup.name, steps, count, there)
     what = wanted.identifier or wanted.folder or "any mail"
     raise BackupError(
         f"{address}: {what} is in none of the backups that were looked into ({looked[-1]} to {looked[0]}); "
@@ -252,78 +220,85 @@ def _mail(here: Opened, store: str, address: str, wanted: Wanted, check: bool) -
     )
 
 
-def _wanted(session: Session, wanted: Wanted) -> dict[str, Folder] | None:
-    """The part of a mailbox that is wanted; None if it does not have it."""
-    folders = session.folders()
-    if wanted.folder is not None:
-        name = _wire(wanted.folder)
-        folders = {name: folders[name]} if name in folders else {}
-    if wanted.identifier is None:
-        return {name: session.details(folder) for name, folder in folders.items()} or None
-    for name, folder in folders.items():
-        uids = [int(wanted.identifier)] if wanted.identifier.isdigit() else session.having(name, wanted.identifier)
-        if not uids:
+def _directory(
+    site: Site, secrets: Secrets, repository: Repository, remote: Remote, backup: Backup, check: bool
+) -> dict[str, Any]:
+    want = entries.accounts(repository.dump(backup.parts["directory"], DIRECTORY))
+    live = Directory(site, secrets)
+    try:
+        live.counts(most=1)  # finds out whether a provider can be used at all
+        dump = f"slapcat -f /etc/ldap/slapd.conf -b {site.suffix} -o ldif-wrap=no"
+        have = entries.accounts(remote.run(site.directory.providers[0], dump, timeout=3600).encode())
+        missing, changed = entries.plan(have, want)
+        if not check:
+            for _, dn, entry in missing:
+                live.put(dn, entry)
+            for _, dn, attributes in changed:
+                live.replace(dn, attributes)
+    finally:
+        live.close()
+    return {
+        "backup": backup.name,
+        "made": [address for address, _, _ in missing],
+        "changed": {address: sorted(attributes) for address, _, attributes in changed},
+    }
+
+
+def _store(
+    site: Site,
+    secrets: Secrets,
+    remote: Remote,
+    lent: Lent,
+    node: str,
+    name: str,
+    backup: Backup,
+    contents: past.Contents,
+) -> dict[str, int]:
+    """One store: mailboxes that are not there come whole; what others lack is added to them."""
+    store = site.stores[name]
+    held = contents.accounts(backup, name)
+    mailboxes = Mailboxes(store, secrets)
+    try:
+        there = [address for address in held if mailboxes.exists(address)]
+    finally:
+        mailboxes.close()
+    missing = sorted(set(held) - set(there))
+    whole = Held(backup, name, backup.parts[f"store:{name}"], "", ())
+    with past.opened(site, secrets, remote, lent, node, whole, store, whole=True) as (then, folder):
+        if missing:
+            give = f"{past.TOOL} give {name} {folder} {shlex.quote(store.address)}"
+            remote.run(node, give, "\n".join(missing) + "\n", timeout=24 * 3600)
+        for address in there:
+            account_mail(secrets, then, store, address, Wanted(), False)
+    return {"given": len(missing), "merged": len(there)}
+
+
+def _queue(
+    site: Site, lent: Lent, remote: Remote, backup: Backup, source: str, node: str, check: bool
+) -> dict[str, Any]:
+    """Hands queued messages to the pickup of the same Postfix: it gives each a new name, and recipients that were
+    served stay served."""
+    snapshot = backup.parts[f"queues:{source}"]
+    folder = "/srv/postfix/restored"
+    counts: dict[str, int] = {}
+    lent.run(node, f"rm -rf {folder}\nrestic restore --quiet {snapshot}:{QUEUE_SNAPSHOT} --target {folder}")
+    for tier in QUEUES:
+        if tier not in site.nodes[node].tiers:
             continue
-        folder.messages = [message for message in session.messages(name) if message.uid in uids]
-        if folder.messages:
-            return {name: folder}
-    return None
-
-
-def _act(step: Step, then: Session, live: Session) -> None:
-    name = f'"{step.folder}"'
-    if step.create is not None:
-        try:
-            live.ask("OK", "CREATE", name, *([f"(USE ({step.create}))"] if step.create else []))
-        except imaplib.IMAP4.error:
-            # Another folder may have that use by now.
-            live.ask("OK", "CREATE", name)
-    for batch in then.bodies(step.source, step.messages):
-        live.add(step.folder, batch)
-    for who, rights in step.acl.items():
-        live.ask("OK", "SETACL", name, f'"{who}"', rights)
-    for key, value in step.annotations.items():
-        live.ask("OK", "SETMETADATA", name, f'({key} "{value.decode()}")')
-    if step.subscribe:
-        live.ask("OK", "SUBSCRIBE", name)
-
-
-def _scripts(here: Opened, then: past.Past, address: str, store: str, check: bool) -> list[str]:
-    """Puts back the Sieve scripts that are missing, and makes the one active that was, if none is."""
-    old, active = then.scripts(address)
-    sieve = ManageSieve(here.site.stores[store], ssl.create_default_context(cadata=here.secrets.ca_cert))
-    sieve.login(address, "proxy", here.secrets.passwords["store_proxy"])
-    names, now = sieve.scripts()
-    missing = [name for name in old if name not in names]
-    steps = [f"script {name}" for name in missing]
-    if active and not now:
-        steps.append(f"script {active} active")
-    if not check:
-        for name in missing:
-            sieve.put(name, old[name])
-        if active and not now:
-            sieve.activate(active)
-    sieve.close()
-    return steps
-
-
-def _wire(name: str) -> str:
-    """A folder's name as IMAP carries it: modified UTF-7 (RFC 3501, 5.1.3)."""
-    if name.upper() == "INBOX":
-        return "INBOX"
-    if not name or any(ord(letter) < 32 for letter in name) or '"' in name:
-        raise BackupError(f"folder {name!r}: not a name that a folder can have")
-    made, rest = [], ""
-    for letter in [*name, ""]:
-        if letter and not " " <= letter <= "~":
-            rest += letter
-            continue
-        if rest:
-            made.append("&" + _base64(rest) + "-")
-            rest = ""
-        made.append("&-" if letter == "&" else letter)
-    return "".join(made)
-
-
-def _base64(text: str) -> str:
-    return base64.b64encode(text.encode("utf-16-be")).decode().rstrip("=").replace("/", ",")
+        mark = f"{backup.name}/{source}/{tier}"
+        script = f"""set -eu
+mkdir -p /var/lib/posthouse; touch {DONE}
+cd {folder}/{tier} 2>/dev/null || {{ echo 0; exit; }}
+if grep -qx {mark} {DONE}; then echo 0; exit; fi
+find incoming active deferred hold maildrop -type f | wc -l
+test {int(check)} = 1 && exit
+find incoming active deferred hold maildrop -type f | while read -r file; do
+    install -o postfix -g postdrop -m 0700 "$file" "/srv/postfix/{tier}/maildrop/.new"
+    mv "/srv/postfix/{tier}/maildrop/.new" "/srv/postfix/{tier}/maildrop/$(basename "$file")"
+done
+echo {mark} >>{DONE}
+postqueue -c {"/etc/postfix" if tier == "mx" else f"/etc/postfix-{tier}"} -f
+"""
+        counts[tier] = int(remote.run(node, "bash -s", script).split()[0])
+    remote.run(node, f"rm -rf {folder}")
+    return {"backup": backup.name, "node": node, "messages": counts}

@@ -54,16 +54,23 @@ class Rates:
 class Probe:
     """Clients of several kinds at once. For a lab site, be in the lab's network before (`run.reach`).
 
-    people: who gets and reads the mail, in turn. count: the most attempts of each kind. Raises ProbeError.
+    people: who gets and reads the mail, in turn. count: the most attempts of each kind. patience: seconds without an
+    answer after which an attempt has failed. Raises ProbeError.
     """
 
     def __init__(
-        self, site: Site, people: Sequence[Person], rates: Rates, ledger: Ledger | None = None, count: int | None = None
+        self,
+        site: Site,
+        people: Sequence[Person],
+        rates: Rates,
+        ledger: Ledger | None = None,
+        count: int | None = None,
+        patience: float = PATIENCE,
     ) -> None:
         rates.check()
         if not people:
             raise ProbeError("there is nobody to send to; name at least one account")
-        self.platform = Platform(site, PATIENCE)
+        self.platform = Platform(site, patience)
         self.ledger = Ledger() if ledger is None else ledger
         self.sources = _strangers(self.platform, math.ceil(rates.smtp / ONE_STRANGER))
         self.kinds: dict[str, Clients] = {}

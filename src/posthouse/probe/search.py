@@ -19,13 +19,14 @@ from typing import NamedTuple
 from posthouse.directory import Account, Directory
 from posthouse.mailboxes import Mailboxes, StoreError, folder_names, quoted
 from posthouse.model import Site
+from posthouse.ops.queues import INSTANCES
 from posthouse.probe.clients import fingerprint, header
 from posthouse.remote import RemoteError
 from posthouse.secrets import Secrets
 
-# Postfix's instances by the tier that has them, in the order in which a message passes through them. Looked at in this
-# order, and before the mailboxes, a message on its way is seen at least once.
-QUEUES = {"submission": "/etc/postfix-submission", "outbound": "/etc/postfix-outbound", "mx": "/etc/postfix"}
+# In the order in which a message passes through them. Looked at in this order, and before the mailboxes, a message on
+# its way is seen at least once.
+QUEUES = {tier: INSTANCES[tier] for tier in ("submission", "outbound", "mx")}
 AT_ONCE = 200  # messages read whole by one command
 
 Run = Callable[[str, str], str]  # (node, shell command) -> what it prints; RemoteError if it fails

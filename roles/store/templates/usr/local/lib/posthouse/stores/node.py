@@ -15,6 +15,7 @@ class Place:
         self.folder = Path("/etc/cyrus") / store
         self.now = self.folder / "now"  # → primary or replica: the configuration that the instance runs with
         self.data = Path("/srv/store") / store
+        self.lmtpd = Path("/run/cyrus") / store / "lmtp"
         self.told = Path("/run/posthouse/stores") / f"{store}.json"
         conf = json.loads((self.folder / "store.json").read_text())
         self.node, self.nodes = conf["node"], conf["nodes"]

@@ -1,0 +1,492 @@
+"""Accounts to another store, while mail comes in and people read.
+
+    with Mover(site, secrets) as mover:
+        moves = mover.plan(["alice@lab.test"], "s02")
+        mover.run(moves)
+
+Cyrus's own replication carries the mailbox, so UIDs, flags, rights, scripts and all else arrive as they were. It runs
+while the account is in use, until little is left; then the mailbox is frozen (reading goes on, writing waits), the last
+of it is carried over, both sides are compared, and the directory names the other store. That one change of one entry is
+the move: before it the source is the account's mailbox, after it the target. What was being written to the source was
+never acknowledged, and its sessions are ended once, to come back at the target. The source's copy is removed then.
+
+Nothing of this is remembered anywhere but in the stores and the directory, so a move that was killed is run again. The
+freeze ends with who asked for it: see roles/store/…/store-freeze.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import imaplib
+import re
+import shlex
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+
+from posthouse import PosthouseError, inventory
+from posthouse.directory import Directory, DirectoryError
+from posthouse.mailboxes import Mailboxes, StoreError, quoted
+from posthouse.model import Site
+from posthouse.ops import mailbox_state
+from posthouse.ops.failover import primaries
+from posthouse.ops.freeze import Freeze, FreezeError
+from posthouse.ops.mailbox_state import MailboxState
+from posthouse.remote import Remote, RemoteError
+from posthouse.secrets import Secrets
+
+# A pass that takes less is short enough for the last one to be made while writers wait. Seconds.
+SHORT = 1.0
+PASSES = 5
+# Postfix's queue manager may use an answer of the directory for 30 s.
+STRAGGLERS = 35.0
+# What a copy may fill of the space that is free on a node.
+FILL = 0.9
+TRIES = 3
+
+
+class MoveError(PosthouseError):
+    """A move that is refused or cannot go on; the message says where, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """What is to be done for an account. `left`: a store with a former copy, and since when, if a move was killed.
+
+    source == target: nothing but letting go of that copy, if there is one.
+    """
+
+    address: str
+    source: str
+    target: str
+    messages: int = 0
+    size: int = 0
+    left: tuple[str, int] | None = None
+
+    @property
+    def steps(self) -> list[str]:
+        """The plan, in words."""
+        steps = [f"let go of the copy that is left on {self.left[0]}"] if self.left else []
+        if self.source != self.target:
+            steps.append(f"{self.source} → {self.target}: {self.messages} messages, {self.size / 2**20:.1f} MiB")
+        return steps
+
+
+@dataclass
+class Moved:
+    """What was done. `pause`: seconds for which writing waited; `carried`: messages that came to the source late."""
+
+    address: str
+    source: str
+    target: str
+    passes: int = 0
+    messages: int = 0
+    pause: float | None = None
+    seconds: float = 0.0
+    carried: int = 0
+    error: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def lacking_room(moves: Iterable[Move], nodes: dict[str, list[str]], free: dict[str, int]) -> list[str]:
+    """Nodes that cannot take what would come to them: sentences.
+
+    nodes: {store: its primary and replicas}; free: {node: bytes}.
+    """
+    coming: dict[str, int] = defaultdict(int)
+    for move in moves:
+        if move.source != move.target:
+            for node in nodes[move.target]:
+                coming[node] += move.size
+    return [
+        f"{node} has {free[node] / 2**20:.0f} MiB free, and {size / 2**20:.0f} MiB would come"
+        for node, size in coming.items()
+        if size > free[node] * FILL
+    ]
+
+
+Progress = Callable[[str, str], None]
+
+
+class Mover:
+    """Moves accounts of a site. Make it before any thread is started; use it as a context manager."""
+
+    def __init__(self, site: Site, secrets: Secrets, progress: Progress = lambda address, phase: None) -> None:
+        self.site = site
+        self._secrets = secrets
+        self._remote = Remote(site)
+        self._say = progress
+        self._own = threading.local()
+        self._made: list[Directory | Mailboxes] = []
+        # Longer than the access tier remembers which store is an account's.
+        self._remembered = _seconds(site.settings("access")["access_cache_time"]) + 10
+
+    def __enter__(self) -> Mover:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in self._made:
+            connection.close()
+
+    # Planning
+
+    def plan(self, addresses: Iterable[str], target: str) -> list[Move]:
+        """What has to be done for each account. Raises MoveError, DirectoryError, StoreError; changes nothing."""
+        if target not in self.site.stores:
+            raise MoveError(f"no store {target!r} in this site; the stores are {', '.join(self.site.stores)}")
+        return self.plan_all(dict.fromkeys(addresses, target))
+
+    def plan_all(self, targets: dict[str, str]) -> list[Move]:
+        """The same with a store for each account."""
+        moves = [self._plan(address, target) for address, target in targets.items()]
+        for name in {store for move in moves if move.steps for store in (move.source, move.target)}:
+            self._mailboxes(name).exists("nobody")  # or StoreError: it is down
+        self._check_room(moves)
+        return moves
+
+    def _plan(self, address: str, target: str) -> Move:
+        account = self._directory.holders([address]).get(address)
+        if account is None:
+            raise MoveError(f"no account {address}; see: posthouse account list")
+        if account.address != address:
+            raise MoveError(f"{address} is an alias of {account.address}; name that account")
+        if account.store not in self.site.stores:
+            raise MoveError(f"{address} is on {account.store}, which is not in the site file; put it back there")
+        left = self._directory.moved(address)
+        if account.store == target:
+            return Move(address, target, target, left=left)
+        messages, size = mailbox_state.extent(self._mailboxes(account.store), address)
+        return Move(address, account.store, target, messages, size, left)
+
+    def _check_room(self, moves: list[Move]) -> None:
+        stores = {move.target for move in moves if move.source != move.target}
+        nodes = {name: [self.site.stores[name].primary, *self.site.stores[name].replicas] for name in stores}
+        command = "df --output=avail -B1 /srv | tail -1"
+        free = self._remote.each({node for names in nodes.values() for node in names}, command)
+        lacking = lacking_room(moves, nodes, {node: int(text) for node, text in free.items()})
+        if lacking:
+            raise MoveError(f"no room: {'; '.join(lacking)}; make room there, or move fewer accounts")
+
+    # Acting
+
+    def run(self, moves: list[Move], parallel: int = 2, rate: float | None = None) -> list[Moved]:
+        """Does what was planned, several accounts at a time, starting at most `rate` in a minute.
+
+        An account that fails is still where it was, or a rerun finishes it; the others go on. Raises nothing.
+        """
+        pace = _Pace(rate)
+        with (
+            contextlib.ExitStack() as held,
+            ThreadPoolExecutor(parallel) as movers,
+            ThreadPoolExecutor(parallel) as last,
+        ):
+            todo = [move for move in moves if move.steps]
+            for move in todo:
+                held.enter_context(self._alone(move.address))
+            running = [movers.submit(self._guarded, move, pace) for move in todo]
+            ending = []
+            for future in as_completed(running):
+                moved, due = future.result()
+                ending.append(last.submit(self._ended, moved, due))
+            return [future.result() for future in ending]
+
+    def _guarded(self, move: Move, pace: _Pace) -> tuple[Moved, float | None]:
+        """Moves one account. Returns what was done and when the source's copy may go (monotonic), if there is one."""
+        moved = Moved(move.address, move.source, move.target, messages=move.messages)
+        started = time.monotonic()
+        try:
+            self._own.serving = primaries(self.site, self._remote)
+            if move.left:
+                self._finish(move.address, move.left[0], move.source, move.left[1])
+            if move.source == move.target:
+                self._say(move.address, "done")
+                return moved, None
+            pace.wait()
+            due = self._move(moved)
+        except Exception as error:  # whatever it is, the others go on
+            moved.error = str(error)
+            self._say(move.address, "failed")
+            return moved, None
+        finally:
+            moved.seconds = round(time.monotonic() - started, 2)
+        return moved, due
+
+    def _ended(self, moved: Moved, due: float | None) -> Moved:
+        if due is None or moved.error:
+            return moved
+        time.sleep(max(0.0, due - time.monotonic()))
+        try:
+            moved.carried += self._let_go(moved.address, moved.source, moved.target)
+            self._say(moved.address, "done")
+        except Exception as error:  # whatever it is, the others go on
+            moved.error = (
+                f"{moved.address} is on {moved.target}, but its former copy on {moved.source} is left: {error}"
+            )
+            self._say(moved.address, "failed")
+        return moved
+
+    @contextlib.contextmanager
+    def _alone(self, address: str) -> Iterator[None]:
+        """Holds an account against a second mover on this controller; another controller's loses at the directory."""
+        folder = inventory.RUNTIME / self.site.name / "moves"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (folder / address).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise MoveError(f"{address}: a move is already running for it; wait for that to end") from None
+            yield
+
+    def _move(self, moved: Moved) -> float:
+        """The whole move but for the source's copy. Returns when that may go. Raises MoveError and others."""
+        address, source, target = moved.address, moved.source, moved.target
+        self._say(address, "copying")
+        self._clear(address, source, target)
+        self._start_link(source, target)
+        while moved.passes < PASSES:
+            started = time.monotonic()
+            self._copy(address, source, target)
+            moved.passes += 1
+            if time.monotonic() - started < SHORT:
+                break
+        for _ in range(TRIES):
+            found = self._switch(moved)
+            if not found:
+                self._say(address, "switched")
+                moved.carried = self._retire(address, source, target)
+                self._say(address, "waiting for stragglers")
+                # A proxy that could not be told forgets by itself.
+                return time.monotonic() + (self._remembered if moved.notes else STRAGGLERS)
+            self._copy(address, source, target)
+        shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+        raise MoveError(f"{address}: the copy on {target} is not the same: {shown}; the account stays on {source}")
+
+    def _switch(self, moved: Moved) -> list[str]:
+        """Freezes the source, and makes the target the account's if it is the same. Returns what is not."""
+        address, source, target = moved.address, moved.source, moved.target
+        here, there = self._read(address, source, target)
+        self._say(address, "freezing")
+        with Freeze(self._remote, self._primary(source), source, address) as frozen:
+            started = time.monotonic()
+            self._say(address, "last pass")
+            self._copy(address, source, target, "move-frozen")
+            self._say(address, "comparing")
+            want, have = self._read(address, source, target, (here, there))
+            if found := mailbox_state.differences(want, have):
+                return found
+            frozen.commit(self._remembered)
+            self._say(address, "switching")
+            self._make_theirs(address, source, target, frozen)
+            moved.messages = want.size
+            moved.notes += self._send_sessions_on(address, target)
+            frozen.end()
+            moved.pause = round(time.monotonic() - started, 3)
+            frozen.release()
+        return []
+
+    def _read(
+        self, address: str, source: str, target: str, before: tuple[MailboxState, MailboxState] | None = None
+    ) -> tuple[MailboxState, MailboxState]:
+        """The mailbox on both sides; the source is frozen if there is a `before`, which saves most of the work."""
+        known, copied = before or (None, None)
+        with ThreadPoolExecutor(2) as both:
+            here = both.submit(mailbox_state.read, self._fresh(source), address, known, frozen=bool(before))
+            there = both.submit(mailbox_state.read, self._fresh(target), address, copied)
+            return here.result(), there.result()
+
+    def _make_theirs(self, address: str, source: str, target: str, frozen: Freeze) -> None:
+        """The move itself: another store in the directory."""
+        try:
+            self._directory.move(address, source, target, frozen.since)
+        except DirectoryError:
+            # It may have been done, and the answer lost.
+            account = self._directory.get(address)
+            if account is None or account.store != target:
+                frozen.release()
+                raise
+
+    def _clear(self, address: str, source: str, target: str) -> None:
+        """What is on the target already is a copy that a killed move left, or it is not the account's mailbox."""
+        if not self._is_copy(address, target, source):
+            self._take_strays(address, target, source)
+
+    def _is_copy(self, address: str, store: str, other: str) -> bool:
+        """Whether the account's mailbox on a store, if there is one, is the same as on another one."""
+        one, two = self._mailboxes(store), self._mailboxes(other)
+        return not one.exists(address) or mailbox_state.identity(one, address) == mailbox_state.identity(two, address)
+
+    def _take_strays(self, address: str, store: str, theirs: str) -> int:
+        """Mail that came to a store which the account had left made a new mailbox there: all of it is the account's."""
+        with self._mailboxes(store).acting_for(address) as here:
+            folders = {name: name for name in mailbox_state.folders(here)}
+            count = self._carry(here, folders, address, theirs, since=0)
+        self._mailboxes(store).delete(address)
+        return count
+
+    def _primary(self, store: str) -> str:
+        """The node that serves a store, as it was when this thread's move began."""
+        found: dict[str, str] = self._own.serving
+        return found[store]
+
+    def _start_link(self, source: str, target: str) -> None:
+        """The way for copies: stunnel on the source's primary; see cyrus-move-STORE.service."""
+        number, port = self.site.stores[source].number, self.site.stores[target].replication_port
+        near = f"127.1.{number // 256}.{number % 256}"
+        command = (
+            f"systemctl start cyrus-move-{source} && for _ in $(seq 50); do "
+            f"timeout 5 bash -c 'exec 3<>/dev/tcp/{near}/{port}' 2>/dev/null && exit; sleep 0.1; done; "
+            f"echo 'cyrus-move-{source} does not listen; see: journalctl -u cyrus-move-{source}' >&2; exit 1"
+        )
+        self._remote.run(self._primary(source), command)
+
+    def _copy(self, address: str, source: str, target: str, conf: str = "move") -> None:
+        """One pass of Cyrus's replication for the account."""
+        client = "runuser -u cyrus -- /usr/lib/cyrus/bin/sync_client"
+        command = f"{client} -C /etc/cyrus/{source}/primary/{conf}.conf -n {target} -o -u {shlex.quote(address)}"
+        self._remote.run(self._primary(source), command, timeout=3600)
+
+    def _send_sessions_on(self, address: str, target: str) -> list[str]:
+        """Makes the access tier forget which store was the account's. Returns what could not be told, as notes."""
+        who, host = shlex.quote(address), self.site.stores[target].host
+        ask = (
+            f"ldapsearch -Q -LLL -Y EXTERNAL -H ldapi://%2Frun%2Fslapd%2Fldapi -b ou=accounts,{self.site.suffix} "
+            f"{shlex.quote(f'(&(uid={address})(mailHost={host}))')} 1.1 | grep -q ^dn:"
+        )
+        command = (
+            f"for _ in $(seq 50); do if {ask}; then exec doveadm auth cache flush {who}; fi; sleep 0.1; done; "
+            f"echo 'its copy of the directory does not know of the move after 5 s' >&2; exit 1"
+        )
+        notes = []
+
+        def tell(node: str) -> None:
+            try:
+                self._remote.run(node, command, timeout=15)
+            except RemoteError as error:
+                notes.append(f"{error}; logins there are right in {self._remembered:.0f} s")
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(tell, [node.name for node in self.site.groups["access"]]))
+        return notes
+
+    def _retire(self, address: str, source: str, target: str) -> int:
+        """Removes the copy that is no longer the account's mailbox: its store keeps it aside for some days.
+
+        Returns how many messages had come to it after it was compared; they are on the target then.
+        """
+        account = self._directory.get(address)
+        left = self._directory.moved(address)
+        if account is None or account.store != target or left is None:
+            raise MoveError(f"{address}: {target} is not its store any more; its mailbox on {source} is left alone")
+        mailboxes = self._mailboxes(source)
+        if not mailboxes.exists(address) or not self._is_copy(address, source, target):
+            return 0
+        mailboxes.delete(address)
+        aside = mailboxes.aside(address)
+        with mailboxes.administration() as admin:
+            return self._carry(admin, aside, address, target, left[1])
+
+    def _let_go(self, address: str, source: str, target: str) -> int:
+        """The end of a move, when nothing comes to the source any more."""
+        count = self._retire(address, source, target)
+        if self._mailboxes(source).exists(address):
+            count += self._take_strays(address, source, target)
+        self._directory.settled(address)
+        return count
+
+    def _finish(self, address: str, source: str, target: str, since: int) -> None:
+        """What a move that was killed has left to do."""
+        self._say(address, "letting go")
+        self._send_sessions_on(address, target)
+        self._end_sessions(address, source)
+        self._retire(address, source, target)
+        time.sleep(max(0.0, since + STRAGGLERS - time.time()))
+        self._let_go(address, source, target)
+
+    def _end_sessions(self, address: str, source: str) -> None:
+        try:
+            with Freeze(self._remote, self._primary(source), source, address) as frozen:
+                frozen.end()
+                frozen.release()
+        except FreezeError as error:
+            # Nobody has used it since the store was started.
+            if "no mailbox is in use" not in str(error):
+                raise
+
+    def _carry(self, here: imaplib.IMAP4, folders: dict[str, str], address: str, target: str, since: int) -> int:
+        """Messages that came since then, into the same folder on `target`. Returns how many.
+
+        folders: {name in the session `here`: the account's own name for it}.
+        """
+        late = {own: mailbox_state.arrived(here, name, since) for name, own in folders.items()}
+        count = 0
+        if any(late.values()):
+            with self._mailboxes(target).acting_for(address) as there:
+                for own, new in late.items():
+                    count += self._append(there, own, new, since)
+        return count
+
+    def _append(self, there: imaplib.IMAP4, name: str, late: dict[str, mailbox_state.Late], since: int) -> int:
+        folder = quoted(name)
+        there.create(folder)
+        known = set(mailbox_state.arrived(there, name, since))
+        missing = [
+            message
+            for guid, message in late.items()
+            if guid not in known and not (message.id and mailbox_state.has(there, message.id))
+        ]
+        for message in missing:
+            status, answer = there.append(folder, " ".join(message.flags), f'"{message.date}"', message.text)
+            if status != "OK":
+                raise StoreError(f"a message that came late for {name} is refused: {answer!r}; run the command again")
+        return len(missing)
+
+    # Connections: each thread has its own.
+
+    @property
+    def _directory(self) -> Directory:
+        if not hasattr(self._own, "directory"):
+            self._own.directory = Directory(self.site, self._secrets)
+            self._made.append(self._own.directory)
+        found: Directory = self._own.directory
+        return found
+
+    def _fresh(self, name: str) -> Mailboxes:
+        return Mailboxes(self.site.stores[name], self._secrets)
+
+    def _mailboxes(self, name: str) -> Mailboxes:
+        if not hasattr(self._own, "mailboxes"):
+            self._own.mailboxes = {}
+        if name not in self._own.mailboxes:
+            self._own.mailboxes[name] = self._fresh(name)
+            self._made.append(self._own.mailboxes[name])
+        found: Mailboxes = self._own.mailboxes[name]
+        return found
+
+
+class _Pace:
+    """Lets one start after the other, at most `rate` in a minute."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._gap = 60 / rate if rate else 0.0
+        self._next = time.monotonic()
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        """Waits for one's turn."""
+        with self._lock:
+            mine = max(self._next, time.monotonic())
+            self._next = mine + self._gap
+        time.sleep(max(0.0, mine - time.monotonic()))
+
+
+def _seconds(text: str) -> float:
+    """A time in Dovecot's notation, "1 min"."""
+    match = re.fullmatch(r"(\d+)\s*(\w*)", text)
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    if not match:
+        raise MoveError(f"access.cache_time: {text!r} is not a time; write it like 1 min")
+    return float(match[1]) * units.get(match[2][:1] or "s", 1)

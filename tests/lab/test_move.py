@@ -1,0 +1,333 @@
+"""Accounts move between stores while mail comes in and people read; a mover that dies half-way is run again."""
+
+from __future__ import annotations
+
+import contextlib
+import imaplib
+import json
+import signal
+import subprocess
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from posthouse import lab, run, secrets
+from posthouse.mailboxes import Mailboxes, ManageSieve, quoted
+from posthouse.ops import mailbox_state
+from posthouse.ops.mailbox_state import MailboxState, differences
+from posthouse.probe.clients import Imap, Person, Platform, eventually, letter
+from posthouse.probe.ledger import Ledger, Stream, assert_all_there
+
+# What a mover says on its way, in this order.
+PHASES = ["copying", "freezing", "last pass", "comparing", "switching", "switched", "waiting for stragglers"]
+# Modified UTF-7, separators of other systems, what a shell or a path would stumble over, and the longest there is.
+NAMES = [
+    "B&APw-cher",
+    "&ZeVnLIqe-/&U,BTFw-",
+    "with spaces/and 'quotes'",
+    "dots.in.a.name",
+    "deleted soon",
+    "-dash $HOME #1",
+    "L" * 250,
+    "/".join(["deep"] * 20),
+]
+
+
+@dataclass
+class Stores:
+    """Two stores, from inside: whatever is on them can be read and put there without the access tier."""
+
+    site: object
+    source: Mailboxes
+    target: Mailboxes
+
+    def state(self, mailboxes: Mailboxes, person: Person) -> MailboxState:
+        """A mailbox as it is on a store."""
+        return mailbox_state.read(mailboxes, person.address)
+
+
+@pytest.fixture(scope="module")
+def stores(site) -> Iterator[Stores]:
+    first, second = list(site.stores.values())[:2]
+    kept = secrets.load(site)
+    found = Stores(site, Mailboxes(first, kept), Mailboxes(second, kept))
+    yield found
+    found.source.close()
+    found.target.close()
+
+
+@pytest.fixture(scope="module")
+def make(site, posthouse, stores, tmp_path_factory) -> Callable[..., list[Person]]:
+    """Makes accounts on the first store, with a few messages each."""
+
+    def make(count: int) -> list[Person]:
+        tag = uuid.uuid4().hex[:6]
+        persons = [
+            Person(f"moving{number}.{tag}@{site.domain}", uuid.uuid4().hex, stores.source.store.name)
+            for number in range(count)
+        ]
+        file = tmp_path_factory.mktemp("accounts") / "moving.csv"
+        file.write_text("address,password,store\n" + "\n".join(",".join(person) for person in persons) + "\n")
+        posthouse("account", "import", str(file), "--site", site.name)
+        for person in persons:
+            fill(stores.source, person, 3)
+        return persons
+
+    return make
+
+
+def fill(mailboxes: Mailboxes, person: Person, count: int) -> None:
+    """Puts messages into an inbox: a few by hand, and the others as copies of those."""
+    with mailboxes.acting_for(person.address) as session:
+        first = min(count, 125)
+        for number in range(first):
+            flags = [r"\Seen", r"\Flagged blue", "", r"\Answered \Draft"][number % 4]
+            text = letter("before@example.net", person.address, f"Number {number}").data
+            assert session.append("INBOX", flags, f'"{number % 28 + 1:02d}-Feb-2020 10:00:00 +0100"', text)[0] == "OK"
+        session.select("INBOX")
+        while first < count:
+            more = min(first, count - first)
+            assert session.copy(f"1:{more}", "INBOX")[0] == "OK"
+            first += more
+
+
+def make_odd(mailboxes: Mailboxes, person: Person, friend: Person) -> None:
+    """A mailbox with all that a mailbox can have."""
+    with mailboxes.acting_for(person.address) as session:
+        for number, name in enumerate(NAMES):
+            assert session.create(quoted(name))[0] == "OK", name
+            assert (
+                session.append(quoted(name), f"$Label{number}", "", letter("a@example.net", "b", name).data)[0] == "OK"
+            )
+        session.subscribe(quoted(NAMES[0]))
+        session.unsubscribe("Archive")
+        assert session.setacl(quoted(NAMES[1]), friend.address, "lrs")[0] == "OK"
+        session.delete(quoted(NAMES[4]))
+        for command in (
+            ("SETMETADATA", '"Sent"', '(/private/comment "mine" /shared/comment "ours")'),
+            ("CREATE", '"Robots"', r"(USE (\Archive))"),
+        ):
+            session._simple_command(*command)
+        session.select(quoted(NAMES[2]))
+        session._simple_command("UID", "STORE", "1", "ANNOTATION", '(/comment (value.priv "mine" value.shared "ours"))')
+        session.select("INBOX")
+        session.store("1", "+FLAGS", r"\Deleted")
+        session.expunge()
+    mailboxes.set_quota(person.address, 321)
+    sieve = ManageSieve(mailboxes.store, mailboxes._tls)
+    sieve.login(person.address, "proxy", mailboxes._passwords["store_proxy"])
+    sieve.put("mine", 'require "fileinto";\nif header :is "X-Nothing" "1" { fileinto "Junk"; }\n')
+    sieve.activate("mine")
+    sieve.close()
+
+
+imaplib.Commands.setdefault("SETMETADATA", ("AUTH", "SELECTED"))
+
+
+class Reader:
+    """Somebody at a mail program that is never closed: looks, and files drafts, until stopped."""
+
+    def __init__(self, platform: Platform, person: Person) -> None:
+        self.platform, self.person = platform, person
+        self.sessions = 0
+        self.refused: list[str] = []
+        self.filed: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                with Imap(self.platform, self.person) as imap:
+                    self.sessions += 1
+                    while not self._stop.wait(0.4):
+                        draft = letter(self.person.address, "friend@example.net")
+                        if imap.append("Drafts", r"\Draft", "", draft.data)[0] == "OK":
+                            self.filed.append(draft.id)
+                        imap.select("INBOX", readonly=True)
+            except (imaplib.IMAP4.error, OSError) as error:
+                if "AUTHENTICATIONFAILED" in str(error):
+                    self.refused.append(str(error))
+                self._stop.wait(0.2)
+
+    def __enter__(self) -> Reader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(90)
+
+
+def mover(site, *arguments: str) -> subprocess.Popen[str]:
+    """`posthouse move …` as an operator starts it, in the background."""
+    command = [run.BIN / "posthouse", "move", *arguments, "--site", site.name]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def moved(site, persons: list[Person], to: Mailboxes) -> list[dict]:
+    """What `posthouse move` did."""
+    process = mover(site, *(person.address for person in persons), "--to", to.store.name, "--json", "--parallel", "4")
+    printed, complaint = process.communicate(timeout=3600)
+    assert printed, complaint
+    done = json.loads(printed)["moved"]
+    assert [one["error"] for one in done] == [None] * len(done)
+    return done
+
+
+def under_way(site, platform, nodes, friend, world, make, stores, count: int, size: int) -> float:
+    """Moves accounts in use, and looks whether all is well. Returns the p99 of how long writing waited, in seconds."""
+    people = make(count)
+    odd, large, *others = people
+    make_odd(stores.source, odd, others[0])
+    fill(stores.source, large, size)
+    # Nobody writes to these two: they must come out exactly as they went in.
+    before = {person: stores.state(stores.source, person) for person in (odd, large)}
+    ledger = Ledger()
+    readers = [Reader(platform, person) for person in others[:4]]
+    with contextlib.ExitStack() as going:
+        stream = going.enter_context(Stream(platform, ledger, others, friend))
+        for reader in readers:
+            going.enter_context(reader)
+        eventually(lambda: stream.taken > 10 and all(reader.filed for reader in readers), 120, "mail, and readers")
+        done = moved(site, people, stores.target)
+        last = stream.taken
+        eventually(lambda: stream.taken > last + 10, 120, "mail after the move")
+    pauses = sorted(one["pause"] for one in done)
+    p99 = pauses[min(len(pauses) - 1, int(len(pauses) * 0.99))]
+    messages = sum(one["messages"] for one in done)
+    print(
+        f"\n{len(done)} mailboxes, {messages} messages; writing waited for {pauses[len(pauses) // 2]:.1f} s (median), "
+        f"{p99:.1f} s (p99), {pauses[-1]:.1f} s (most); {stream.taken} messages came meanwhile; "
+        f"{sum(one['carried'] for one in done)} carried over late"
+    )
+    assert len(done) == count
+    for person, state in before.items():
+        assert differences(state, stores.state(stores.target, person)) == []
+    for person in people:
+        assert not stores.source.exists(person.address), f"{person.address} is left on the source"
+    assert_all_there(ledger, platform, nodes, people, world)
+    for reader in readers:
+        assert not reader.refused
+        assert reader.sessions <= 2, f"{reader.sessions - 1} reconnects"
+        with Imap(platform, reader.person) as imap:
+            drafts = [imap.messages(id, "Drafts") for id in reader.filed]
+        assert [len(found) for found in drafts] == [1] * len(drafts)
+    return p99
+
+
+def test_under_way(site, platform, nodes, friend, world, make, stores):
+    """A dozen mailboxes move under delivery and open sessions: the same afterwards, nothing lost, one reconnect"""
+    under_way(site, platform, nodes, friend, world, make, stores, count=12, size=2_000)
+
+
+@pytest.mark.full
+def test_many_under_way(site, platform, nodes, friend, world, make, stores):
+    """200 mailboxes, one of 20,000 messages, move under delivery and open sessions: the same, and nothing lost"""
+    assert under_way(site, platform, nodes, friend, world, make, stores, count=200, size=20_000) <= 5
+
+
+def test_killed(site, platform, make, stores):
+    """A mover killed in any phase leaves one mailbox that counts, in use at once, and a rerun finishes the move"""
+    people = make(len(PHASES))
+    before = {person: stores.state(stores.source, person) for person in people}
+    for person, phase in zip(people, PHASES, strict=True):
+        process = mover(site, person.address, "--to", stores.target.store.name)
+        for line in process.stderr:
+            if line.strip() == f"{person.address}: {phase}":
+                break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"{phase} never came"
+    for person in people:
+        # Only where the access tier still remembers the former store does it take until it has forgotten.
+        eventually(lambda p=person: can_write(platform, p), 90, f"{person.address} to be of use")
+    done = moved(site, people, stores.target)
+    assert len(done) == len(people)
+    for person in people:
+        after = stores.state(stores.target, person)
+        written = after.folders["Drafts"].messages
+        assert len(written) == 1
+        found = [line for line in differences(before[person], after) if not line.startswith("folder Drafts")]
+        assert found == []
+        assert not stores.source.exists(person.address)
+
+
+def can_write(platform: Platform, person: Person) -> bool:
+    """Whether somebody can log in and file a draft."""
+    with contextlib.suppress(imaplib.IMAP4.error, OSError), Imap(platform, person) as imap:
+        imap.sock.settimeout(5)
+        return imap.append("Drafts", "", "", letter("me@example.net", person.address).data)[0] == "OK"
+    return False
+
+
+def test_target_lost(site, make, stores):
+    """The target's node loses power while an account is copied: it stays where it is, and a rerun moves it"""
+    (person,) = make(1)
+    fill(stores.source, person, 500)
+    before = stores.state(stores.source, person)
+    process = mover(site, person.address, "--to", stores.target.store.name)
+    next(line for line in process.stderr if line.strip().endswith(": copying"))
+    node = stores.target.store.primary
+    lab.kill(site.name, node)
+    try:
+        printed, complaint = process.communicate(timeout=300)
+        assert process.returncode == 1, printed + complaint
+        assert stores.state(stores.source, person) == before
+    finally:
+        lab.start(site.name, node)
+    eventually(lambda: serves(stores.target), 90, f"{node} serving again")
+    moved(site, [person], stores.target)
+    assert differences(before, stores.state(stores.target, person)) == []
+
+
+def serves(mailboxes: Mailboxes) -> bool:
+    """Whether a store answers."""
+    with contextlib.suppress(Exception):
+        mailboxes.exists("nobody")
+        return True
+    return False
+
+
+def test_refused(site, nodes, posthouse, make, stores):
+    """What cannot be moved is refused with the reason, and nothing changes"""
+    (person,) = make(1)
+    source, target = stores.source.store, stores.target.store
+
+    def refused(*arguments: str) -> str:
+        command = [run.BIN / "posthouse", "move", *arguments, "--site", site.name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1, done.stdout + done.stderr
+        return done.stderr
+
+    assert "no account nobody@" in refused(f"nobody@{site.domain}", "--to", target.name)
+    assert "no store 's99'" in refused(person.address, "--to", "s99")
+    with stopped(nodes, target.primary, f"cyrus@{target.name}"):
+        assert f"{target.name} (IMAP at" in refused(person.address, "--to", target.name)
+    free = int(nodes.run(target.primary, "df --output=avail -B1 /srv | tail -1"))
+    fill(stores.source, person, 2_000)
+    nodes.run(target.primary, f"fallocate -l {free - 500_000} /srv/full")
+    try:
+        assert f"no room: {target.primary} has 0 MiB free" in refused(person.address, "--to", target.name)
+    finally:
+        nodes.run(target.primary, "rm /srv/full")
+    first = mover(site, person.address, "--to", target.name)
+    next(line for line in first.stderr if line.strip().endswith(": copying"))
+    assert "already running" in refused(person.address, "--to", target.name)
+    assert first.communicate(timeout=120) and first.returncode == 0
+    printed = posthouse("move", person.address, "--to", target.name, "--site", site.name)
+    assert "is there already" in printed
+    moved(site, [person], stores.source)
+    assert source.name in posthouse("account", "show", person.address, "--site", site.name)
+
+
+@contextlib.contextmanager
+def stopped(nodes, node: str, unit: str) -> Iterator[None]:
+    nodes.run(node, f"systemctl stop {unit}")
+    try:
+        yield
+    finally:
+        nodes.run(node, f"systemctl start {unit}")
