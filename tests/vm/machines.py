@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -191,9 +192,9 @@ class Lanes:
         lab.power_on(self.site, name, hardware)
 
     def console(self, name: str) -> str:
-        """All that a machine said."""
+        """All that a machine said, without what moves its cursor."""
         file = self.layout.node_state(name) / "console"
-        return file.read_text(errors="replace") if file.exists() else ""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.read_text(errors="replace")) if file.exists() else ""
 
     def _disks(self, name: str) -> list[str]:
         digests = []
