@@ -44,6 +44,9 @@ def files(site: Site, node: Node, layout: Layout | None, authorized: str, source
     if site.lab:
         proxy = f'Acquire::http::Proxy "http://{network.gateway or network.controller}:3142";\n'
         made["etc/apt/apt.conf.d/90posthouse-lab"] = proxy
+        # Emulated, on processors that others use too, daemons need more than systemd's 90 seconds to start.
+        patience = "[Manager]\nDefaultTimeoutStartSec=15min\nDefaultDeviceTimeoutSec=15min\n"
+        made["etc/systemd/system.conf.d/posthouse-lab.conf"] = patience
     made |= _disk_files(layout) if layout else {}
     return {
         **{path: (text, 0o644) for path, text in made.items()},
