@@ -42,7 +42,9 @@ def listeners(ctx: Variables, node_stores: list[Variables]) -> set[str]:
     expected = set()
     for store in node_stores:
         if store["role"] == "primary":
-            expected |= {f"{store['address']}:{port}" for port in (143, 993, 995, 4190)}
+            # The last one is for accounts that move here.
+            ports = (143, 993, 995, 4190, store["replication_port"])
+            expected |= {f"{store['address']}:{port}" for port in ports}
         else:
             expected.add(f"{ctx['node']['address']}:{store['replication_port']}")
     return expected
