@@ -16,6 +16,12 @@ from posthouse.mailboxes import Mailboxes
 from posthouse.probe.clients import eventually
 
 
+@pytest.fixture(scope="module", autouse=True)
+def preferred(site, posthouse) -> None:
+    """Every store is where the site wants it: a node may have been down before this suite."""
+    posthouse("failback", "--all", "--site", site.name)
+
+
 @pytest.fixture
 def drift(site, posthouse) -> Callable[..., list[tuple[str, str, str]]]:
     """What `posthouse drift` finds: [(node, layer, thing)], sorted. `within`: seconds for all of the site."""
