@@ -14,7 +14,8 @@ def versions(remote) -> set[str]:
 
 
 def serves(remote) -> str:
-    return remote("curl -s http://127.0.0.1:8099/", check=False).strip()
+    """What the service answers. One that was just put back may not listen yet."""
+    return remote("curl -s --retry 10 --retry-connrefused --retry-delay 1 http://127.0.0.1:8099/", check=False).strip()
 
 
 def test_first_apply_builds_everything_and_the_second_does_nothing(remote, toy):
