@@ -122,7 +122,8 @@ class Nodes:
 
     def waiting_for(self, address: str) -> list[str]:
         """Why mail for an address waits in a queue: one reason for each message."""
-        lines = "".join(self.each("mx", "postqueue -j").values()).splitlines()
+        commands = "; ".join(f"postqueue -c {place} -j" for place in self.queues)
+        lines = "".join(self.each("mx", commands).values()).splitlines()
         recipients = [recipient for line in lines for recipient in json.loads(line)["recipients"]]
         return [to.get("delay_reason", "not tried yet") for to in recipients if to["address"] == address]
 

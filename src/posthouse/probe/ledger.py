@@ -216,13 +216,16 @@ def check(
 def assert_all_there(
     ledger: Ledger, platform: Platform, nodes: Any, people: list[Person], world: World, power_cut: bool = False
 ) -> None:
-    """Everything acknowledged is there, once, after what waits in queues has been tried again.
+    """Everything acknowledged is there, once, when nothing for these people waits in queues any more.
+
+    A store may have a message whose sender was told to try again (it was not on the replica in time); duplicate
+    suppression makes one of it, once it has been tried again.
 
     power_cut: a delivery that was under way then, and whose sender heard no answer, may be there twice. No protocol of
     mail can tell whether the answer or the message was lost; duplicate suppression is a store's own, and can lose its
     last note in the same cut.
     """
-    nodes.flush()
+    nodes.flush(*(person.address for person in people))
     report = check(ledger, platform.site, bounces=[arrival.data for arrival in world.arrivals], run=nodes.run)
     if power_cut:
         print(f"{len(report.duplicated)} of {report.acknowledged} came twice")
