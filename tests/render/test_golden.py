@@ -31,7 +31,7 @@ def site() -> Site:
 
 
 def node(site: Site, name: str) -> dict[str, str]:
-    """The files of a node by path, with secrets that say what they stand for; and all else of it in generation.yml."""
+    """A node's rendered files by path, with secrets that say what they stand for; all else of it in generation.yml."""
     this = site.nodes[name]
     fake = {
         "release": "the release",
@@ -42,7 +42,9 @@ def node(site: Site, name: str) -> dict[str, str]:
     variables = render.shared_variables(site) | render.node_variables(site, this) | fake
     generation: dict[str, Any] = render.generation(variables, list(this.tiers))
     files = {path[1:]: file.pop("content") for path, file in generation["files"].items() if "content" in file}
-    return files | {"generation.yml": yaml.safe_dump(generation, sort_keys=False, width=120)}
+    plain = {source.read_text() for tier in this.tiers for source in render.sources(tier).values()}
+    rendered = {path: content for path, content in files.items() if content not in plain}
+    return rendered | {"generation.yml": yaml.safe_dump(generation, sort_keys=False, width=120)}
 
 
 def compare(name: str, files: dict[str, str], update: bool) -> None:
