@@ -14,10 +14,12 @@ from posthouse.apart import apart
 from posthouse.model import Site
 
 LOGS = Path("/var/log/posthouse")
+# Of the lab suite, what shows that the cluster does its work; the verbs of day two have their tests beside these.
+MAIL = ("delivery", "refusals", "mailbox", "submission", "changes", "outages")
 
 
 def demo(site: Site, keep: bool) -> int:
-    """Builds the cluster, deploys, verifies, runs the lab suite, and takes the cluster down unless `keep`.
+    """Builds the cluster, deploys, verifies, sends mail, and takes the cluster down unless `keep`.
 
     Prints one line per check and `demo: N passed, N failed` last. Returns the exit status.
     """
@@ -98,7 +100,8 @@ def _keep_journals(site: Site) -> Path:
 
 
 def _mail(site: Site, counts: dict[str, Any]) -> None:
-    status, cases = run.pytest("tests/lab", "--site", site.name, "--lines", env=os.environ | run.environment(site))
+    suites = [f"tests/lab/test_{part}.py" for part in MAIL]
+    status, cases = run.pytest(*suites, "--site", site.name, "--lines", env=os.environ | run.environment(site))
     for outcome in ("passed", "failed"):
         counts[outcome] += sum(case["outcome"] == outcome for case in cases)
     if status and not any(case["outcome"] == "failed" for case in cases):
