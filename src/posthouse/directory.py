@@ -292,9 +292,7 @@ class Directory:
                 reasons.append(f"{name}: empty, or with another password for cn=accounts; run: posthouse deploy")
             except (ldap_errors.LDAPExceptionError, OSError) as error:
                 foreign = "CERTIFICATE_VERIFY_FAILED" in str(error)
-                what = (
-                    "its certificate is not of this site's CA; deployed with other secrets" if foreign else error
-                )
+                what = "its certificate is not of this site's CA; deployed with other secrets" if foreign else error
                 reasons.append(f"{name} ({node.address}:636): {what}")
         raise DirectoryError("no provider of the directory can be used: " + "; ".join(reasons))
 
