@@ -163,5 +163,5 @@ def test_without_fsync(platform, nodes, friend, people, site, posthouse):
     nodes.run(node, "timeout 90 /usr/local/lib/posthouse/store-keeper settled")
     posthouse("failback", "--all", "--site", site.name)
     assert before.ok, before.complaints()
-    assert before.found["queue"] > 5, stream.failures
+    assert before.found.get("queue"), stream.failures
     assert 0 < len(report.lost) <= before.found["queue"], report
