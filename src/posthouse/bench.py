@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ class Unequal(PosthouseError):
     """An equivalent does not do the same work, so its time says nothing."""
 
 
-def converge(site: Site, runs: int) -> dict[str, Any]:
-    """Times all engines with nothing to change, interleaved.
+def converge(site: Site, runs: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Times all engines with nothing to change, interleaved. `say` hears how far it is: stock Ansible takes minutes.
 
     Returns {"ratios": {engine: times slower than posthouse}, "seconds": {engine: median}, "runs": {engine: [s, …]},
     "nodes": n, "files": n, "services": n}. Raises Unequal.
@@ -59,14 +59,16 @@ def converge(site: Site, runs: int) -> dict[str, Any]:
                 subprocess.run(["ssh", "-F", config, name, f"rm -rf {PROOF}"], check=True)
             engines.run(engine, prefix=PROOF)
             _prove(site, generations, engine, config)
+            say(f"{engine}: makes the same files")
         times: dict[str, list[float]] = {name: [] for name in ("posthouse", "stock", "mitogen", "pyinfra")}
-        for _ in range(runs):
+        for number in range(1, runs + 1):
             for engine, seconds in times.items():
                 started = time.monotonic()
                 changed = engines.run(engine)
                 seconds.append(round(time.monotonic() - started, 2))
                 if changed:
                     raise Unequal(f"{engine}: found something to change ({changed}); deploy first, then measure")
+                say(f"run {number} of {runs}: {engine} {seconds[-1]} s")
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     return {
         "ratios": {name: round(medians[name] / medians["posthouse"], 1) for name in times if name != "posthouse"},

@@ -345,7 +345,7 @@ def bench_converge(
     """Converge with nothing to change, beside stock Ansible, Mitogen and pyinfra doing the same work."""
     from posthouse import bench
 
-    result = bench.converge(load(site), runs)
+    result = bench.converge(load(site), runs, lambda text: progress.print(text, markup=False))
     show(
         result,
         as_json,
