@@ -109,6 +109,8 @@ class Engines:
             command = [
                 run.BIN / "pyinfra",
                 "-y",
+                "--fail-percent",
+                "0",
                 self.work / "hosts.py",
                 self.work / "deploy.py",
                 "--data",
@@ -135,10 +137,11 @@ class Engines:
             check=False,
         )
         if done.returncode:
-            raise Unequal(f"{engine}: failed:\n{(done.stdout + done.stderr)[-3000:]}")
+            reason, _, _ = (done.stdout + done.stderr).partition("--> Results")  # pyinfra's, a table of everything
+            raise Unequal(f"{engine}: failed:\n{reason[-3000:]}")
         if engine == "pyinfra":
             # The last summary of an operation that did something says Success, else No changes.
-            return "\n".join(line for line in (done.stdout + done.stderr).splitlines() if "Success" in line)
+            return "\n".join(line for line in (done.stdout + done.stderr).splitlines() if "] Success" in line)
         if engine == "posthouse":
             return "".join(line for line in done.stdout.splitlines() if " changed " in line)
         return "; ".join(_changes(done.stdout))
@@ -255,7 +258,7 @@ def _pyinfra_hosts(site: Site, generations: dict[str, Any], work: Path, config: 
             each = manifest.get("each", {})
             items["packages"].append(manifest.get("packages", []))
             items["groups"] += [[user, groups] for user, groups in manifest.get("groups", {}).items()]
-            items["masked"] += manifest.get("masked", [])
+            items["masked"] += [render.unit_name(unit) for unit in manifest.get("masked", [])]
             for path, text in manifest.get("directories", {}).items():
                 for name, _ in render.instances(path, each, variables):
                     items["directories"].append({"path": name} | _pyinfra_access(text))
@@ -297,7 +300,7 @@ if not prefix:
     for packages in host.loop(items["packages"]):
         apt.packages(packages=packages, no_recommends=True)
     for user, groups in host.loop(items["groups"]):
-        server.user(user=user, groups=groups, append=True)
+        server.user(user=user, groups=groups, append=True, ensure_home=False)
 for item in host.loop(items["directories"]):
     files.directory(path=prefix + item["path"], mode=item["mode"], user=item["user"], group=item["group"])
 if prefix:
@@ -313,7 +316,7 @@ for item in host.loop(items["files"]):
         files.put(src=item["src"], dest=prefix + item["dest"], **access)
 if not prefix:
     for unit in host.loop(items["masked"]):
-        files.link(path=f"/etc/systemd/system/{unit}.service", target="/dev/null")
+        files.link(path=f"/etc/systemd/system/{unit}", target="/dev/null")
     for unit in host.loop(items["units"]):
         systemd.service(service=unit, running=True, enabled=True)
 """
