@@ -15,6 +15,7 @@ from machines import MACHINES, NAME, SITE, Lanes, log_tail
 
 from posthouse import lab, roles, run, sitefile
 from posthouse.lab import requirements
+from posthouse.lab.layout import Layout
 
 FOLDER = roles.ROOT / "inventory" / NAME
 
@@ -40,7 +41,9 @@ def posthouse() -> Callable[..., str]:
     def call(*arguments: str, text: str = "", status: int = 0) -> str:
         command = [run.BIN / "posthouse", *arguments]
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=1800)
-        assert done.returncode == status, f"posthouse {' '.join(arguments)}: {done.stdout}{done.stderr}{log_tail()}"
+        assert done.returncode == status, (
+            f"posthouse {' '.join(arguments)}: {done.stdout}{done.stderr}{log_tail(Layout(NAME))}"
+        )
         return done.stdout
 
     return call

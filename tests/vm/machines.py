@@ -6,18 +6,19 @@ which one byte was changed; then it is replaced by the real one, and both machin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from posthouse import contact, lab, secrets
-from posthouse.lab import machine, network, processes
+from posthouse import contact, lab, roles, secrets, sitefile
+from posthouse.lab import machine, network, processes, requirements
 from posthouse.lab.layout import Layout
 from posthouse.lab.machine import Machine
 from posthouse.model import Site
@@ -27,8 +28,8 @@ NAME = "tmp-vm"
 PATIENCE = 900  # seconds for what takes one minute where nothing else runs
 NODE, SPARE, STRANGER = "mail3", "spare1", "stranger"
 STRANGERS_MAC = "02:70:00:00:00:63"
-SITE = f"""\
-name: {NAME}
+HEAD = """\
+name: NAME
 domains: [lab.test]
 network:
   cidr: 10.77.0.0/24
@@ -36,6 +37,9 @@ network:
   nodes: 10.77.0.11-10.77.0.99
   stores: 10.77.0.101-10.77.0.199
   resolvers: [10.77.0.1]
+"""
+SITE = f"""\
+{HEAD.replace("NAME", NAME)}\
 nodes:
   lb1: {{class: lb, address: 10.77.0.11}}
   mail[1:2]: {{class: mail, address: 10.77.0.21}}
@@ -73,6 +77,49 @@ for name, media in provision.prepare(site).items():
 lab.enter(site.name)
 provision.serve(site, made)
 """
+
+
+# What a site of machines alone must have besides; none of it is started.
+_TAIL = """\
+vips: {mail: 10.77.0.5}
+directory: {providers: [mail1]}
+stores: {s01: {primary: mail1}}
+lab: {outside: 198.51.100.0/24, srv_mib: 512}
+"""
+
+
+@contextlib.contextmanager
+def machine_lab(name: str, rest: str) -> Iterator[Site]:
+    """A lab for machines that need no other node: a site with what `rest` says of them, and the controller's side."""
+    requirements.ensure(requirements.MACHINES)
+    lab.ensure_requirements()
+    folder = roles.ROOT / "inventory" / name
+    lab.down(name)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        (folder / "site.yml").write_text(HEAD.replace("NAME", name) + rest + _TAIL)
+        site = sitefile.load(name)
+        lab.hub(site, secrets.ensure(site))
+        yield site
+    finally:
+        lab.down(name)
+        shutil.rmtree(folder)
+
+
+def console(layout: Layout, name: str) -> str:
+    """All that a machine said, without what moves its cursor."""
+    file = layout.node_state(name) / "console"
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.read_text(errors="replace")) if file.exists() else ""
+
+
+def until(layout: Layout, name: str, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Waits for something to happen to a machine; fails with what it said last."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        last = f"{console(layout, name)[-1500:]}{log_tail(layout)}"
+        assert time.monotonic() < deadline, f"{name} goes no further:\n{last}"
+        time.sleep(0.5)
 
 
 class Lanes:
@@ -192,9 +239,7 @@ class Lanes:
         lab.power_on(self.site, name, hardware)
 
     def console(self, name: str) -> str:
-        """All that a machine said, without what moves its cursor."""
-        file = self.layout.node_state(name) / "console"
-        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.read_text(errors="replace")) if file.exists() else ""
+        return console(self.layout, name)
 
     def _disks(self, name: str) -> list[str]:
         digests = []
@@ -204,10 +249,7 @@ class Lanes:
         return digests
 
     def _until(self, name: str, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < deadline, f"{name} goes no further:\n{self.console(name)[-1500:]}{log_tail()}"
-            time.sleep(0.5)
+        until(self.layout, name, condition)
 
     def _tampered_server(self) -> None:
         command = [sys.executable, "-c", _TAMPERED, NAME, str(self.layout.state)]
@@ -218,8 +260,8 @@ class Lanes:
         processes.end(self.layout.services / "provision")
 
 
-def log_tail() -> str:
+def log_tail(layout: Layout) -> str:
     """The end of what the server said, for a failure's message."""
-    file = Path(f"/var/lib/posthouse/lab/{NAME}/provision.log")
+    file = layout.state / "provision.log"
     lines = file.read_text(errors="replace").splitlines() if file.exists() else []
     return "\n".join(["", "the server:", *(line for line in lines if "dnsmasq" not in line)][-15:])

@@ -7,15 +7,14 @@ what to do, and that is the first question it may ask.
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from machines import machine_lab
 
-from posthouse import image, lab, roles, secrets, sitefile
-from posthouse.lab import requirements
+from posthouse import image, lab
 from posthouse.lab.layout import Layout
 from posthouse.lab.machine import Machine
 from posthouse.provision.records import Record, Records
@@ -27,14 +26,6 @@ PATIENCE = 2400  # seconds; two minutes or three where nothing else runs
 # What the installer says when it waits for a key, in the text that it shows on a serial line.
 QUESTION = re.compile(r"Prompt:|\[Press enter to continue\]")
 SITE = f"""\
-name: {NAME}
-domains: [lab.test]
-network:
-  cidr: 10.77.0.0/24
-  controller: 10.77.0.1
-  nodes: 10.77.0.11-10.77.0.99
-  stores: 10.77.0.101-10.77.0.199
-  resolvers: [10.77.0.1]
 classes:
   box:
     tiers: []
@@ -43,11 +34,6 @@ nodes:
   lb1: {{class: lb}}
   mail1: {{class: mail}}
   {NODE}: {{class: box, address: {ADDRESS}, mac: "02:70:00:00:01:01"}}
-vips: {{mail: 10.77.0.5}}
-directory: {{providers: [mail1]}}
-stores:
-  s01: {{primary: mail1}}
-lab: {{outside: 198.51.100.0/24}}
 """
 
 
@@ -64,18 +50,9 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def seen() -> Iterator[Seen]:
-    requirements.ensure(requirements.MACHINES)
-    lab.ensure_requirements()
-    folder = roles.ROOT / "inventory" / NAME
     layout = Layout(NAME)
-    lab.down(NAME)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        source = image.mirror().sources[0].split()[2].replace("https://", "http://")
-        (folder / "site.yml").write_text(SITE.replace("SOURCE", source))
-        site = sitefile.load(NAME)
-        lab.hub(site, secrets.ensure(site))
+    source = image.mirror().sources[0].split()[2].replace("https://", "http://")
+    with machine_lab(NAME, SITE.replace("SOURCE", source)) as site:
         lab.provide(site)
         disks = ((8, "ours-1"), (8, "another-1"))
         lab.power_on(site, NODE, Machine(str(site.nodes[NODE].mac), False, 1024, disks))
@@ -98,9 +75,6 @@ def seen() -> Iterator[Seen]:
             records.read(NODE),
             sum((state / f"disk{number}.img").stat().st_blocks for number in range(2)),
         )
-    finally:
-        lab.down(NAME)
-        shutil.rmtree(folder)
 
 
 def test_it_comes_by_its_network_to_its_answers(seen: Seen):

@@ -346,7 +346,8 @@ def hardware(site: Site, name: str, efi: bool = False) -> machine.Machine:
     if not node.mac:
         raise LabError(f"{name}: a machine needs a MAC address; give it one in site.yml: nodes.{name}.mac")
     install = site.classes[node.klass].install
-    memory = max(install.memory_gib, LEAST_MEMORY_GIB)
+    # What runs from memory has its system there, too.
+    memory = max(install.memory_gib, LEAST_MEMORY_GIB + (install.method == "diskless"))
     disks = tuple((site.least_disk_gib(node.klass), f"{name}-{number}") for number in range(1 + install.mirror))
     return machine.Machine(node.mac, efi, round(memory * 1024), disks)
 

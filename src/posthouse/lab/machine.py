@@ -43,7 +43,12 @@ def make(layout: Layout, name: str, machine: Machine) -> None:
     if machine.efi:
         shutil.copyfile(OVMF / "OVMF_VARS_4M.fd", state / "vars.fd")
     (state / "console").unlink(missing_ok=True)
-    (state / "machine.json").write_text(json.dumps(asdict(machine), indent=1))
+    note(layout, name, machine)
+
+
+def note(layout: Layout, name: str, machine: Machine) -> None:
+    """Notes what hardware a machine has, while it is off."""
+    (layout.node_state(name) / "machine.json").write_text(json.dumps(asdict(machine), indent=1))
 
 
 def load(layout: Layout, name: str) -> Machine | None:

@@ -19,7 +19,7 @@ from typing import Any
 from posthouse import PosthouseError, plan, secrets
 from posthouse.machines import SOURCES
 from posthouse.model import Node, Site
-from posthouse.provision import bootfiles, debian_installer, dhcp, media, server
+from posthouse.provision import bootfiles, debian_installer, dhcp, media, neighbours, server
 from posthouse.provision.disks import Disk
 from posthouse.provision.records import Record, Records
 
@@ -58,6 +58,7 @@ async def _serve(serving: server.Server) -> None:
             f"{site.network.controller}: {error.strerror}; `serve` runs on the machine that network.controller names, "
             "once, with provision.http_port and https_port free"
         ) from None
+    neighbours.listen(str(site.network.controller), serving.by_mac)
     command = dhcp.prepare(site)
     dnsmasq = await asyncio.create_subprocess_exec(*command, preexec_fn=os.setpgrp)
     log.info("%s: serving %d machines at %s", site.name, len(serving.by_mac), site.network.controller)

@@ -47,6 +47,8 @@ def config(site: Site, folder: Path) -> str:
         *(f"dhcp-host={node.mac},{node.address},{node.name}" for node in site.nodes.values() if node.mac),
         f"dhcp-option=option:router,{network.gateway or network.controller}",
         f"dhcp-option=option:dns-server,{','.join(map(str, network.resolvers))}",
+        # "No proxy": otherwise iPXE waits for another server's offer of a boot file, and none will come.
+        "dhcp-option=tag:ipxe,encap:175,176,1b",
         f"dhcp-boot=tag:ipxe,{script}",
         "dhcp-boot=tag:!ipxe,tag:efi,snponly.efi",
         "dhcp-boot=tag:!ipxe,tag:!efi,undionly.kpxe",

@@ -1,0 +1,102 @@
+"""Other ways for a machine to have its disks: RAID 1 with LVM on it, and none for its system at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+from machines import console, machine_lab, until
+
+from posthouse import contact, inventory, lab, secrets
+from posthouse.lab import machine, network
+from posthouse.lab.layout import Layout
+from posthouse.model import Site
+from posthouse.provision.records import Records
+
+pytestmark = [pytest.mark.vm, pytest.mark.full]
+
+NAME, PAIR, RAM = "tmp-variants", "pair1", "ram1"
+PATIENCE = 600
+SITE = f"""\
+classes:
+  pair: {{tiers: [], install: {{mirror: true, lvm: true, root_gib: 2}}}}
+  ram: {{tiers: [], install: {{method: diskless}}}}
+nodes:
+  lb1: {{class: lb}}
+  mail1: {{class: mail}}
+  {PAIR}: {{class: pair, mac: "02:70:00:00:03:01"}}
+  {RAM}: {{class: ram, mac: "02:70:00:00:03:02"}}
+"""
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with machine_lab(NAME, SITE) as site:
+        lab.provide(site)
+        yield site
+
+
+@pytest.fixture
+def on(site: Site) -> Callable[[str, str], str]:
+    """Runs a command on a machine."""
+
+    def run(node: str, command: str) -> str:
+        config = inventory.write_ssh(site, secrets.load(site))
+        with network.inside(Layout(NAME).namespace):
+            ssh = ["ssh", "-F", str(config), "-o", "ControlMaster=no", node, command]
+            return subprocess.run(ssh, check=True, capture_output=True, text=True).stdout
+
+    return run
+
+
+def come_up(site: Site, node: str) -> None:
+    """Waits until the machine is installed and lets the site's key in, by the host key that it reported."""
+    layout, records = Layout(NAME), Records(site)
+
+    def ready() -> bool:
+        assert not records.read(node).reason, records.read(node).reason
+        return records.read(node).installed
+
+    until(layout, node, ready, PATIENCE)
+    with network.inside(layout.namespace):
+        contact.wait(site.nodes[node], secrets.load(site), PATIENCE)
+
+
+def test_on_RAID_and_LVM_either_disk_starts_the_machine(site: Site, on: Callable[[str, str], str]):
+    layout = Layout(NAME)
+    lab.power_on(site, PAIR, lab.hardware(site, PAIR))
+    come_up(site, PAIR)
+    assert on(PAIR, "findmnt -no SOURCE / /srv").split() == ["/dev/mapper/posthouse-root", "/dev/mapper/posthouse-srv"]
+    assert "raid1 vd" in on(PAIR, "cat /proc/mdstat")
+    assert on(PAIR, "mdadm --wait /dev/md/*; grep -o '\\[UU\\]' /proc/mdstat").strip() == "[UU]"
+    on(PAIR, "echo kept >/srv/note; sync")
+    lab.kill(NAME, PAIR)
+    # The first disk is gone.
+    whole = machine.load(layout, PAIR)
+    assert whole
+    state = layout.node_state(PAIR)
+    (state / "disk0.img").unlink()
+    (state / "disk1.img").rename(state / "disk0.img")
+    machine.note(layout, PAIR, dataclasses.replace(whole, disks=whole.disks[1:]))
+    lab.start(NAME, PAIR)
+    come_up(site, PAIR)
+    assert on(PAIR, "cat /srv/note; grep -o '\\[.*U.*\\]' /proc/mdstat").split() in (["kept", "[U_]"], ["kept", "[_U]"])
+
+
+def test_without_a_disk_for_its_system_it_keeps_srv_and_its_host_key(site: Site, on: Callable[[str, str], str]):
+    layout, records = Layout(NAME), Records(site)
+    lab.power_on(site, RAM, lab.hardware(site, RAM))
+    come_up(site, RAM)
+    first = secrets.load(site).ssh["host_keys"][RAM]
+    assert on(RAM, "findmnt -no FSTYPE / /srv").split() == ["tmpfs", "ext4"]
+    on(RAM, "echo kept >/srv/note; echo gone >/note; sync")
+    lab.kill(NAME, RAM)
+    before = records.read(RAM).attempts
+    lab.start(NAME, RAM)
+    until(layout, RAM, lambda: records.read(RAM).attempts > before, PATIENCE)
+    come_up(site, RAM)
+    assert secrets.load(site).ssh["host_keys"][RAM] == first
+    assert on(RAM, "cat /srv/note; ls /note 2>&1 || true").split("\n")[0] == "kept"
+    assert "dividing" not in console(layout, RAM).rpartition("iPXE")[2]
