@@ -230,7 +230,7 @@ def test_expand(own):
 
 @pytest.mark.full
 def test_rebalance(own):
-    """The new node's store gets its share, and every store is within a tenth of it, while mail comes in; nothing is lost"""
+    """A store on the new node gets its share, each is within a tenth of its own then, under mail; nothing is lost"""
     own.data["stores"]["s04"] = {"primary": "mail4", "replicas": ["mail1"]}
     own.write()
     own.posthouse("deploy", OWN)

@@ -84,7 +84,7 @@ def nobody_notices(
 ) -> None:
     """While something is done, no delivery and no login fails, nothing is lost, no session breaks more than once.
 
-    reconnects: how often one may break where more than one node is gone through.
+    reconnects: how often one may break, where what it is connected to moves more than once.
     """
     everybody = [people.alice, people.bob, people.carol]
     ledger = Ledger()

@@ -103,7 +103,8 @@ def test_upgrade(platform, nodes, friend, people, world, site, unrehearsed):
     assert "are not what was rehearsed on just now" in attempt(site).stderr
     upgrade.record(site).write_text(json.dumps(noted | {"digest": upgrade.digest(site)}))
     reports = []
-    nobody_notices(lambda: reports.append(upgraded(site)), platform, nodes, friend, people, world)
+    # A session on its store breaks when that goes to a replica, and when it comes back.
+    nobody_notices(lambda: reports.append(upgraded(site)), platform, nodes, friend, people, world, reconnects=2)
     assert installed(nodes, node, package) == installed(nodes, other, package) != old
     assert {name for name, when in since(nodes).items() if when != before[name]} == {node}
     print(f"upgrade: {reports[0]['seconds']} s; {[(step['do'], step['seconds']) for step in reports[0]['steps']]}")
@@ -113,7 +114,7 @@ def test_upgrade(platform, nodes, friend, people, world, site, unrehearsed):
 @pytest.mark.full
 def test_rehearse(platform, nodes, friend, people, world, site, unrehearsed):
     """A copy of the site is upgraded node by node and used; after that the site itself is, and nobody notices"""
-    olds = ["lb1", "lb2", "mail2", "mail3"]
+    olds = ["lb1", "mail2"]
     package = made_older(nodes, olds)
     old = installed(nodes, "mail2", package)
     before, pids = since(nodes), main_pids(nodes)
@@ -127,8 +128,8 @@ def test_rehearse(platform, nodes, friend, people, world, site, unrehearsed):
     noted = json.loads(upgrade.record(site).read_text())
     assert noted["versions"][package] == installed(nodes, "mail1", package) != old
     reports = []
-    # One node at a time: a session may break once for each node that it was on.
-    nobody_notices(lambda: reports.append(upgraded(site)), platform, nodes, friend, people, world, reconnects=len(olds))
+    # A session breaks when the VIP goes, when its store goes, and when that comes back.
+    nobody_notices(lambda: reports.append(upgraded(site)), platform, nodes, friend, people, world, reconnects=3)
     print(f"upgrade: {reports[0]['seconds']} s; {[(s['node'], s['do'], s['seconds']) for s in reports[0]['steps']]}")
     assert {name for name, when in since(nodes).items() if when != before[name]} == set(olds)
     assert {installed(nodes, name, package) for name in olds} == {noted["versions"][package]}
