@@ -32,6 +32,8 @@ def operate(site: str, as_json: bool, operation: Callable[[Site], dict[str, Any]
     notes = [f"{step['node']}: {step['note']}" for step in report["steps"] if step["note"]]
     done = f"done in {report['seconds']:g} s" if report["steps"] else "nothing was changed"
     console.print(f"{report['operation']}: {done}", *notes, sep="\n  ", markup=False)
+    if report.get("next"):
+        console.print(*report["next"], sep="\n  ", markup=False)
 
 
 def drain(
@@ -55,7 +57,7 @@ def undrain(node: NodeName, site: SiteName = "lab", check: Check = False, as_jso
 
 
 def expand(node: NodeName, site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
-    """Put a node more into service: it is converged, the others learn of it, and nothing on them is restarted."""
+    """Put a node more into service; nothing on the others is restarted. Says what `rebalance` would do then."""
     from posthouse.ops import expand as module
 
     operate(site, as_json, lambda loaded: module.expand(loaded, node, check))

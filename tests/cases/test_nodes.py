@@ -18,7 +18,9 @@ PLANS = {
     "drain": lambda site, have, case: drain.plan(site, have, case["node"]),
     "undrain": lambda site, have, case: drain.plan_undrain(site, have, case["node"]),
     "expand": lambda site, have, case: expand.plan(site, have, case["node"]),
-    "retire": lambda site, have, case: retire.plan(site, have, case["node"]),
+    "retire": lambda site, have, case: retire.plan(
+        site, have, case["node"], case.get("lacking"), case.get("cluster", site.cluster.members)
+    ),
     "upgrade": lambda site, have, case: upgrade.plan(
         site, have, case["nodes"], case["updates"], "now", case.get("rehearsed")
     ),

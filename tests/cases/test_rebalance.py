@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from posthouse.ops.rebalance import Load, RebalanceError, plan
+from posthouse.ops.rebalance import Load, RebalanceError, Step, plan, summary
 
 CASES = sorted((Path(__file__).parent / "rebalance").glob("*.yml"))
 
@@ -37,3 +37,8 @@ def test_rebalance(path: Path) -> None:
     for step in plan(stores, free, case.get("by", "accounts")):
         found[f"{step.source} {step.target}"].append(step.size // 2**20)
     assert {key: sorted(sizes) for key, sizes in found.items()} == case["expect"]
+
+
+def test_summary() -> None:
+    steps = [Step("a", "s01", "s04", 3 << 20), Step("b", "s02", "s04", 0), Step("c", "s01", "s04", 1 << 19)]
+    assert summary(steps) == ["s01 → s04: 2 accounts, 3.5 MiB", "s02 → s04: 1 account, 0.0 MiB"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from posthouse import image
+from posthouse import PosthouseError, image, secrets
 from posthouse.model import Site
-from posthouse.ops import service, state
+from posthouse.ops import rebalance, service, state
 from posthouse.ops.state import State
 from posthouse.ops.steps import Refused, Step, carry_out
 from posthouse.remote import Remote
@@ -44,7 +44,10 @@ def _in_all_pools(site: Site, have: State, node: str) -> bool:
 
 
 def expand(site: Site, node: str, check: bool = False) -> dict[str, Any]:
-    """Puts a node of the site file into service. Raises Refused, Stopped. Returns the report of `carry_out`."""
+    """Puts a node of the site file into service. Raises Refused, Stopped.
+
+    Returns the report of `carry_out`, and "next": what `posthouse rebalance` would do then, in words.
+    """
     started = time.monotonic()
     state.known(site, node)
     if site.lab:
@@ -56,7 +59,7 @@ def expand(site: Site, node: str, check: bool = False) -> dict[str, Any]:
         service.await_service(site, remote, step.node)
         return f"serving {time.monotonic() - started:.0f} s after the command"
 
-    return carry_out(
+    report = carry_out(
         f"expand {node}",
         steps,
         {
@@ -67,3 +70,15 @@ def expand(site: Site, node: str, check: bool = False) -> dict[str, Any]:
         },
         check,
     )
+    return report if check else report | {"next": _rebalance(site, remote)}
+
+
+def _rebalance(site: Site, remote: Remote) -> list[str]:
+    """What `posthouse rebalance` would do now. The node serves, so what stands against it is no failure."""
+    try:
+        steps = rebalance.plan(*rebalance.loads(site, secrets.load(site), remote))
+    except PosthouseError as error:
+        return [f"posthouse rebalance {site.name} would be refused: {error}"]
+    if not steps:
+        return ["every store is within a tenth of its share: posthouse rebalance has nothing to do"]
+    return [f"posthouse rebalance {site.name} would move {len(steps)} accounts:", *rebalance.summary(steps)]

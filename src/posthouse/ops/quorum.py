@@ -5,7 +5,7 @@ from __future__ import annotations
 from posthouse import render, secrets
 from posthouse.model import Site
 from posthouse.ops import service
-from posthouse.remote import Remote
+from posthouse.remote import Remote, RemoteError
 
 _ETCDCTL = (
     "etcdctl --cacert /etc/ssl/posthouse/ca.pem --cert /etc/ssl/posthouse/node.pem --key /etc/ssl/posthouse/node.key "
@@ -14,10 +14,14 @@ _ETCDCTL = (
 
 # Asked of a member that is well. Until the new one has started, the majority is as large as with a member that is dead.
 _TAKE_IN = """
+{forget}
+{ctl} member add {name} --peer-urls=https://{address}:2380 >&2
+"""
+
+_FORGET = """
 set -eu
 old=$({ctl} member list | awk -F', ' '$4 == "https://{address}:2380" {{ print $1 }}')
 [ -z "$old" ] || {ctl} member remove "$old" >&2
-{ctl} member add {name} --peer-urls=https://{address}:2380 >&2
 """
 
 # The first start of a member that comes later has to say so; after that its data tells it. It comes before the node is
@@ -44,12 +48,40 @@ def members(site: Site) -> list[str]:
     return list(site.cluster.members) if site.cluster else []
 
 
+def listed(site: Site, remote: Remote) -> list[str]:
+    """The addresses that the cluster itself counts as its members. Raises RemoteError; none in a site without one."""
+    if not site.cluster:
+        return []
+    complaint = None
+    for name in site.cluster.members:
+        try:
+            text = remote.run(name, f"{_ETCDCTL.format(address=site.nodes[name].address)} member list", timeout=30)
+        except RemoteError as error:
+            complaint = error
+            continue
+        return [line.split(", ")[3].removeprefix("https://").partition(":")[0] for line in text.splitlines()]
+    assert complaint
+    raise complaint
+
+
+def replace(site: Site, remote: Remote, old: str, new: str) -> None:
+    """Has `new` take the place of `old`: the others first forget the one, then learn of the other.
+
+    In between one of them that dies takes the majority with it. Raises RemoteError, Stopped.
+    """
+    helper = next(name for name in members(site) if name != new)
+    asked = _ETCDCTL.format(address=site.nodes[helper].address)
+    remote.run(helper, _FORGET.format(ctl=asked, address=site.nodes[old].address))
+    rejoin(site, remote, new, helper)
+
+
 def rejoin(site: Site, remote: Remote, node: str, helper: str) -> None:
     """Has a node that lost its data take part again; `helper` is a member that is well. Raises RemoteError, Stopped."""
     service.deploy(site, node, ["base", "directory"])  # certificates, names, firewall; and deploy waits for a directory
     entry = site.nodes[node]
     asked = _ETCDCTL.format(address=site.nodes[helper].address)
-    remote.run(helper, _TAKE_IN.format(ctl=asked, name=node, address=entry.address))
+    forget = _FORGET.format(ctl=asked, address=entry.address)
+    remote.run(helper, _TAKE_IN.format(forget=forget, ctl=asked, name=node, address=entry.address))
     variables = render.shared_variables(site) | render.node_variables(site, entry) | secrets.load(site).for_node(entry)
     settings = render.generation(variables, ["store"])["files"]["/etc/posthouse/etcd.yml"]["content"]
     remote.run(node, _JOIN.format(ctl=_ETCDCTL.format(address=entry.address)), text=settings, timeout=180)

@@ -139,6 +139,17 @@ def targets(steps: Iterable[Step]) -> dict[str, str]:
     return {step.address: step.target for step in steps}
 
 
+def summary(steps: Iterable[Step]) -> list[str]:
+    """The moves in words: a line for each pair of stores."""
+    pairs: dict[tuple[str, str], list[int]] = {}
+    for step in steps:
+        pairs.setdefault((step.source, step.target), []).append(step.size)
+    return [
+        f"{source} → {target}: {len(sizes)} account{'s' * (len(sizes) > 1)}, {sum(sizes) / 2**20:.1f} MiB"
+        for (source, target), sizes in sorted(pairs.items())
+    ]
+
+
 def loads(
     site: Site, secrets: Secrets, remote: Remote, empty: Iterable[str] = ()
 ) -> tuple[dict[str, Load], dict[str, int]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from posthouse import lab
 from posthouse.model import Site
-from posthouse.ops import drain, quorum, state
+from posthouse.ops import drain, failover, quorum, service, state
 from posthouse.ops.rebuild import stores_of
 from posthouse.ops.state import State
 from posthouse.ops.steps import Refused, Step, carry_out
@@ -17,7 +18,8 @@ from posthouse.remote import Remote
 def placement(site: Site, have: State, node: str) -> dict[str, dict[str, Any]]:
     """Where the stores of a node could live instead, as site.yml would have it: {store: {"primary", "replicas"}}.
 
-    A replica becomes the primary; who carries the fewest copies gets the new replica. Raises Refused if nobody can.
+    A replica becomes the primary; who carries the fewest copies gets the new replica. The node keeps its copy until
+    two others have one: the answer then is another one. Raises Refused if nobody can.
     """
     copies = Counter({name.name: 0 for name in site.groups["store"] if name.name != node})
     for store in site.stores.values():
@@ -31,27 +33,39 @@ def placement(site: Site, have: State, node: str) -> dict[str, dict[str, Any]]:
                 "it has everything; nothing was changed"
             )
         able = [name for name in copies if name not in stay and name in have.answers and not site.nodes[name].spare]
-        if able:
+        if able and len(stay) < 2:
             chosen = min(able, key=lambda name: copies[name])
             copies[chosen] += 1
-            stay.append(chosen)
+            stay += [chosen, node]
         found[store.name] = {"primary": stay[0], "replicas": stay[1:]}
     return found
 
 
-def plan(site: Site, have: State, node: str) -> list[Step]:
-    """The steps that take a node away. Raises Refused while anything in the site file still leans on it."""
+def plan(
+    site: Site, have: State, node: str, lacking: dict[str, list[str]] | None = None, cluster: Collection[str] = ()
+) -> list[Step]:
+    """The steps that take a node away. Raises Refused while anything in the site file still leans on it.
+
+    lacking: {store: nodes that do not have all of it yet}; cluster: the nodes that the cluster itself counts as its
+    members.
+    """
     state.known(site, node)
     if node in site.directory.providers:
         raise Refused(
             f"directory.providers: {node} is one of them; put another node in its place in site.yml and deploy, then "
             "run this again; nothing was changed"
         )
-    if node in quorum.members(site):
+    for store, names in (lacking or {}).items():
         raise Refused(
-            f"cluster.members: {node} is one of them; put another node in its place in site.yml and deploy, then run "
-            "this again; nothing was changed"
+            f"{store}: {', '.join(names)} does not have all of it yet; deploy, wait until posthouse stores says that "
+            "it is in sync, and run this again; nothing was changed"
         )
+    for store, primary in have.primaries.items():
+        if primary == node and site.stores[store].primary != node:
+            raise Refused(
+                f"{store}: {node} serves it, and site.yml has it on {site.stores[store].primary}; run: posthouse "
+                f"failback {store} --site {site.name}, and this again; nothing was changed"
+            )
     if stores_of(site, node):
         lines = "".join(
             f"\n  {name}: {{primary: {entry['primary']}, replicas: [{', '.join(entry['replicas'])}]}}"
@@ -59,7 +73,12 @@ def plan(site: Site, have: State, node: str) -> list[Step]:
         )
         raise Refused(
             f"{node}: carries {', '.join(store.name for store in stores_of(site, node))}; write this into site.yml, "
-            f"deploy, wait until the new replicas have everything, and run this again:{lines}\nnothing was changed"
+            f"deploy, and run this again:{lines}\nnothing was changed"
+        )
+    if node in quorum.members(site):
+        raise Refused(
+            f"cluster.members: {node} is one of them; put another node in its place in site.yml, and run this again "
+            "before any deploy: the cluster itself has to learn of it first; nothing was changed"
         )
     others = [name.name for name in site.groups["lb"] if name.name != node]
     if "lb" in site.nodes[node].tiers and not others:
@@ -68,13 +87,41 @@ def plan(site: Site, have: State, node: str) -> list[Step]:
     if node not in have.drained:
         drain.plan(site, have, node)
         steps.append(Step("drain", node, "take it out of service"))
+    if node in cluster:
+        new = [name for name in quorum.members(site) if name not in cluster]
+        if len(new) != 1:
+            raise Refused(
+                f"cluster.members: one node has to take the place of {node}, and new in site.yml are "
+                f"{', '.join(new) or 'none'}; name one; nothing was changed"
+            )
+        state.need_answers(have, quorum.members(site))
+        steps.append(Step("quorum", node, f"have {new[0]} take its place in the cluster", new[0]))
+    if site.cluster and "store" in site.nodes[node].tiers:
+        # What it served it hands over only as long as it knows of it: this comes after the drain.
+        steps.append(Step("deploy", node, "bring all nodes to what site.yml says of stores and cluster"))
     return [*steps, Step("off", node, "switch it off, for good")]
+
+
+def lacking(site: Site, remote: Remote) -> dict[str, list[str]]:
+    """Of each store: nodes that site.yml gives it, and that do not have all of it; in a site with a cluster."""
+    if not site.cluster:
+        return {}
+    states = failover.states(site, remote)
+    found = {}
+    for name, store in site.stores.items():
+        complete = {states[name].primary, *states[name].in_sync} if name in states else set()
+        if missing := [node for node in (store.primary, *store.replicas) if node not in complete]:
+            found[name] = missing
+    return found
 
 
 def retire(site: Site, node: str, check: bool = False, wait: int = 60) -> dict[str, Any]:
     """Takes a node out of service and switches it off. Raises Refused, Stopped. Returns the report of `carry_out`."""
     state.known(site, node)
     remote = Remote(site)
+    addresses = quorum.listed(site, remote)
+    cluster = [name for name, entry in site.nodes.items() if str(entry.address) in addresses]
+    steps = plan(site, state.read(site, remote), node, lacking(site, remote), cluster)
 
     def off(step: Step) -> str:
         if site.lab:
@@ -85,7 +132,12 @@ def retire(site: Site, node: str, check: bool = False, wait: int = 60) -> dict[s
 
     return carry_out(
         f"retire {node}",
-        plan(site, state.read(site, remote), node),
-        {"drain": lambda step: str(drain.Drains(site, remote, wait).drain(step.node)["seconds"]) + " s", "off": off},
+        steps,
+        {
+            "quorum": lambda step: quorum.replace(site, remote, step.node, step.what),
+            "deploy": lambda _: service.deploy(site),
+            "drain": lambda step: str(drain.Drains(site, remote, wait).drain(step.node)["seconds"]) + " s",
+            "off": off,
+        },
         check,
     )

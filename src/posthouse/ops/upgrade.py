@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterable
@@ -22,21 +23,59 @@ from posthouse.ops.state import State
 from posthouse.ops.steps import Refused, Step, Stopped, carry_out
 from posthouse.remote import Remote, RemoteError
 
-# Package → version: what a node would get.
+log = logging.getLogger(__name__)
+
+# Package → version: what a node would get, or has.
 Updates = dict[str, str]
 
-_LIST = "apt-get -qq update && apt-get -s -q dist-upgrade | sed -n 's/^Inst \\([^ ]*\\) .*(\\([^ ]*\\) .*/\\1 \\2/p'"
+# A list that cannot be fetched is an error: what an old one says is no reason to think that there is nothing to do.
+_LIST = """
+set -eu
+apt-get -qq -o APT::Update::Error-Mode=any update
+found=$(apt-get -s -q dist-upgrade)
+printf '%s\\n' "$found" | sed -n 's/^Inst \\([^ ]*\\) .*(\\([^ ]*\\) .*/\\1 \\2/p'
+"""
+# The same for packages that are not there: what would come with each name that it reads.
+_OTHERS = """
+set -eu
+names=
+while read -r name; do
+    if apt-cache show "$name" >/dev/null 2>&1; then names="$names $name"; fi
+done
+[ -n "$names" ] || exit 0
+found=$(apt-get -s -q --no-install-recommends install $names)
+printf '%s\\n' "$found" | sed -n 's/^Inst \\([^ ]*\\) .*(\\([^ ]*\\) .*/\\1 \\2/p'
+"""
 # No service starts or restarts by itself: the node is restarted as a whole when its files are right.
-_INSTALL = """
+_QUIETLY = """
 set -eu
 trap 'rm -f /usr/sbin/policy-rc.d' EXIT
 printf '#!/bin/sh\\nexit 101\\n' >/usr/sbin/policy-rc.d
 chmod 755 /usr/sbin/policy-rc.d
 export DEBIAN_FRONTEND=noninteractive
-apt-get -qq -y -o Dpkg::Options::=--force-confold -o Dpkg::Options::=--force-confdef dist-upgrade >/dev/null
+apt() { apt-get -qq -y -o Dpkg::Options::=--force-confold -o Dpkg::Options::=--force-confdef "$@" >/dev/null; }
+"""
+_INSTALL = f"""{_QUIETLY}
+dpkg --configure -a --force-confold >/dev/null    # of an upgrade that was interrupted
+apt dist-upgrade
 apt-get -qq clean
 """
+# Takes packages to the versions that it reads; says which of them the mirror does not have any more.
+_SET = f"""{_QUIETLY}
+apt-get -qq -o APT::Update::Error-Mode=any update
+wanted=
+while read -r name version; do
+    if apt-cache show "$name=$version" >/dev/null 2>&1; then
+        wanted="$wanted $name=$version"
+    else
+        echo "$name $version"
+    fi
+done
+[ -z "$wanted" ] || apt --allow-downgrades install $wanted
+"""
 _VERSIONS = "dpkg-query -W -f '${db:Status-Abbrev} ${Package} ${Version}\\n' | sed -n 's/^ii *//p'"
+# Since when the machine runs; of a container, its first process.
+_SINCE = "cat /proc/sys/kernel/random/boot_id; cut -d' ' -f22 /proc/1/stat"
 RESTART_SECONDS = 300
 PROBE_SECONDS = 20
 
@@ -105,6 +144,12 @@ def _of_node(node: str, updates: Updates) -> list[Step]:
     ]
 
 
+def installed(remote: Remote, nodes: Iterable[str]) -> dict[str, Updates]:
+    """What each node has. Raises RemoteError."""
+    answers = remote.each(nodes, _VERSIONS)
+    return {node: dict(line.split() for line in text.splitlines()) for node, text in answers.items()}
+
+
 def available(remote: Remote, nodes: Iterable[str]) -> dict[str, Updates]:
     """What each node would get. Fetches the lists of packages, which is all that it changes."""
     answers = remote.each(nodes, _LIST, timeout=300)
@@ -113,7 +158,7 @@ def available(remote: Remote, nodes: Iterable[str]) -> dict[str, Updates]:
 
 def restart(site: Site, remote: Remote, node: str) -> None:
     """Restarts a machine and waits until it is up. Raises Stopped."""
-    before = remote.run(node, "cat /proc/sys/kernel/random/boot_id; stat -c %Y /run/systemd")
+    before = remote.run(node, _SINCE)
     deadline = time.monotonic() + RESTART_SECONDS
     if site.lab:
         remote.run(node, "systemctl --no-block poweroff")
@@ -126,7 +171,7 @@ def restart(site: Site, remote: Remote, node: str) -> None:
         remote.run(node, "systemctl --no-block reboot")
     while True:
         try:
-            after = remote.run(node, "cat /proc/sys/kernel/random/boot_id; stat -c %Y /run/systemd", timeout=15)
+            after = remote.run(node, _SINCE, timeout=15)
             if after != before and remote.run(node, "systemctl is-system-running --wait || true", timeout=120):
                 return
         except RemoteError:
@@ -199,25 +244,28 @@ def clone(site: Site) -> str:
 def rehearse(site: Site, check: bool = False) -> dict[str, Any]:
     """Upgrades a copy of the site in a lab, node by node, and notes what was green. Raises Stopped.
 
-    The copy gets mail and logins before and after; it has its own secrets, no mail of the site, and is removed.
+    The copy has the packages that the site's nodes have, as far as the mirror still has them; mail and logins after the
+    upgrade; secrets of its own, no mail of the site. It is removed again.
     """
-    remote = None if check else clone(site)
-    name = remote or f"tmp-{site.name[:26]}"
+    name = f"tmp-{site.name[:26]}" if check else clone(site)
     steps = [
         Step("lab", name, "run a copy of the site in a lab on this machine"),
-        Step("upgrade", name, "converge it, upgrade it node by node, use it, and note the versions"),
+        Step("upgrade", name, "give it the site's packages, upgrade it node by node, use it, and note the versions"),
         Step("down", name, "remove it"),
     ]
     note = record(site)
 
+    # Each in a process of its own, for it enters a lab's network: the site's, if that is a lab, or the copy's.
     def start(_: Step) -> None:
+        note.unlink(missing_ok=True)  # only the last one counts
+        if not apart(lambda: _noted(site, name)):
+            raise Stopped("the site's nodes cannot say which packages they have; see above")
         copy = sitefile.load(name)
         lab.ensure_requirements()
         lab.down(name)
         lab.up(copy, secrets.ensure(copy))
 
     def rolled(_: Step) -> str:
-        # In a process of its own, for it enters the lab's network.
         if not apart(lambda: _rehearsed(name, site)):
             raise Stopped("the rehearsal is red; see above")
         return f"green, noted in {note.relative_to(sitefile.INVENTORY.parent)}"
@@ -235,11 +283,50 @@ def rehearse(site: Site, check: bool = False) -> dict[str, Any]:
             down(steps[-1])
 
 
+def _noted(site: Site, name: str) -> bool:
+    """Notes beside the copy's site file which packages the site's nodes have."""
+    found = installed(Remote(site), site.nodes)
+    (sitefile.INVENTORY / name / "packages.json").write_text(json.dumps(found))
+    return True
+
+
+def _alike(copy: Site, remote: Remote) -> None:
+    """Gives the copy's nodes the packages that the site's have; says which the mirror does not have any more."""
+    wanted = json.loads((sitefile.INVENTORY / copy.name / "packages.json").read_text())
+    lacking: Updates = {}
+    for node, have in installed(remote, copy.nodes).items():
+        other = {name: version for name, version in wanted[node].items() if have.get(name, version) != version}
+        if other:
+            text = "".join(f"{name} {version}\n" for name, version in other.items())
+            lacking |= dict(line.split() for line in remote.run(node, _SET, text, timeout=1800).splitlines())
+            log.info("%s: %s package(s) as on the site's", node, len(other))
+    if lacking:
+        names = ", ".join(" ".join(pair) for pair in sorted(lacking.items())[:3])
+        log.warning("the mirror does not have these any more, the rehearsal begins with others: %s", names)
+
+
+def _only_machines(copy: Site, remote: Remote) -> Updates:
+    """What machines would get, and containers never have: kernels, boot loaders. Nobody can rehearse those here."""
+    wanted = json.loads((sitefile.INVENTORY / copy.name / "packages.json").read_text())
+    found: Updates = {}
+    for node, have in installed(remote, copy.nodes).items():
+        if other := sorted(set(wanted[node]) - set(have)):
+            answer = remote.run(node, _OTHERS, "".join(f"{name}\n" for name in other), timeout=300)
+            found |= dict(line.split() for line in answer.splitlines())
+    if found:
+        names = ", ".join(sorted(found)[:3])
+        log.warning(
+            "not rehearsed, for only the site's own nodes have them (the first to be upgraded tries): %s", names
+        )
+    return found
+
+
 def _rehearsed(name: str, site: Site) -> bool:
     """The rehearsal itself, in the copy. Notes it if it is green."""
     copy = sitefile.load(name)
-    service.deploy(copy)
     remote = Remote(copy)
+    _alike(copy, remote)
+    service.deploy(copy)
     updates = available(remote, copy.nodes)
     wanted = {package: version for packages in updates.values() for package, version in packages.items()}
     upgrade(copy, [], wait=5, rehearsed={"digest": digest(copy), "when": "now", "versions": wanted})
@@ -248,9 +335,9 @@ def _rehearsed(name: str, site: Site) -> bool:
     if failed or not result["passed"]:
         raise Stopped("; ".join(f"{check['node']}: {check['check']}" for check in failed[:5]) or "no check ran")
     _used(copy)
-    versions: Updates = {}
-    for text in remote.each(copy.nodes, _VERSIONS).values():
-        versions |= dict(line.split() for line in text.splitlines())
+    versions = _only_machines(copy, remote)
+    for packages in installed(remote, copy.nodes).values():
+        versions |= packages
     when = time.strftime("%FT%T%z")
     beside = record(site).with_suffix(".new")
     beside.write_text(json.dumps({"digest": digest(site), "when": when, "versions": versions}, indent=1))
