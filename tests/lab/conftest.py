@@ -40,6 +40,7 @@ ORDER = [
     "test_outages",
     "test_nodes",
     "test_failover",
+    "test_rebuild",
 ]
 SITE = pytest.StashKey[Any]()
 
