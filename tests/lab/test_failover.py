@@ -181,6 +181,7 @@ def saved(site: Any, backup: str, folder: Any) -> set[str]:
     return {name.decode() for file in files for name in re.findall(rb"(?i)message-id: *(<[^>]+>)", file.read_bytes())}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("moment", ["queues:", "store:"])
 def test_backup_meanwhile(platform, nodes, friend, people, world, site, home, tmp_path, moment):
     """A node dies while a backup is made ({moment}): the backup is finished, and has all that came before it began"""

@@ -374,7 +374,9 @@ class _Taking:
             except (BackupError, RemoteError) as error:
                 if tries == TRIES - 1:
                     raise
-                self._say(f"{part.name}: {error}; tried again with whoever has it now")
+                # restic tells of its progress on the way, a line of JSON each time.
+                words = [line for line in str(error).splitlines() if '"message_type"' not in line]
+                self._say(f"{part.name}: {' / '.join(words) or 'broken off'}; tried again with whoever has it now")
         return None
 
 
