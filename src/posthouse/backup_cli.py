@@ -78,6 +78,8 @@ def run_backup(site: SiteName = "lab", check: Check = False, as_json: Json = Fal
         for part in result["parts"]
     ]
     console.print(_table("part", *columns, rows=rows))
+    for part in result["left_out"]:
+        console.print(f"{part['name']}: {part['note']}", markup=False)
     done = "would be made" if check else f"made in {result['seconds']} s"
     console.print(f"backup {result['backup']} {done}, in {result['repository']}", markup=False)
 

@@ -94,16 +94,27 @@ def retire(
 
 
 def rebuild(
-    node: NodeName,
-    site: SiteName = "lab",
+    node: Annotated[str | None, typer.Argument(metavar="[NODE]", help="The node; without it, all of --site.")] = None,
+    site: Annotated[str | None, typer.Option("--site", metavar="SITE", help="A folder in inventory/.")] = None,
+    at: Annotated[
+        str | None, typer.Option(metavar="TIME|BACKUP", help="Of a whole site: as it was then (UTC), not at the end.")
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Copy twice, the second time without care.")] = False,
     check: Check = False,
     as_json: Json = False,
 ) -> None:
-    """Make a dead node anew: from the image of its class, the site file, the secrets, and its peers' data."""
-    from posthouse.ops import rebuild as module
+    """Make a dead node anew, from image, site file, secrets and peers; without NODE all of a site, from a backup."""
+    from posthouse.ops import rebuild as of_node
+    from posthouse.ops import rebuild_site
 
-    operate(site, as_json, lambda loaded: module.rebuild(loaded, node, check, measure))
+    if node:
+        if at:
+            raise typer.BadParameter("a node gets its data from its peers, as it is now; leave --at out")
+        operate(site or "lab", as_json, lambda loaded: of_node.rebuild(loaded, node, check, measure))
+    elif site:
+        operate(site, as_json, lambda loaded: rebuild_site.rebuild(loaded, at, check))
+    else:
+        raise typer.BadParameter("name the node, or with --site the site of which nothing is left")
 
 
 def add_to(app: typer.Typer) -> None:

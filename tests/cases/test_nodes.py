@@ -10,7 +10,7 @@ import yaml
 
 from posthouse import sitefile
 from posthouse.model import Site
-from posthouse.ops import drain, expand, rebuild, retire, state, upgrade
+from posthouse.ops import drain, expand, rebuild, rebuild_site, retire, state, upgrade
 from posthouse.ops.steps import Refused, shown
 
 FOLDER = Path(__file__).parent / "nodes"
@@ -25,6 +25,7 @@ PLANS = {
         site, have, case["nodes"], case["updates"], "now", case.get("rehearsed")
     ),
     "rebuild": lambda site, have, case: rebuild.plan(site, have, case["node"], case.get("sizes", {})),
+    "rebuild_site": lambda site, have, case: rebuild_site.plan(site, have, "20261126T020000Z", case["parts"]),
 }
 POOLS = {"smtp": "mx", "submission": "submission", "imaps": "access"}
 
@@ -62,6 +63,7 @@ def all_well_but(site: Site, told: dict[str, Any]) -> state.State:
         "deployed": told.get("deployed", answers),
         "drained": drained,
         "late": told.get("late", []),
+        "filling": told.get("filling", {}),
         "primaries": {name: store.primary for name, store in site.stores.items()} | told.get("primaries", {}),
         "vip": told.get("vip", "lb1"),
         "pools": {node.name: pools for node in site.groups["lb"] if node.name in answers},

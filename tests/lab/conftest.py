@@ -42,6 +42,7 @@ ORDER = [
     "test_upgrade",
     "test_growth",
     "test_failover",
+    "test_rebuild",
 ]
 SITE = pytest.StashKey[Any]()
 # The machine's own network, before this process enters the lab's.

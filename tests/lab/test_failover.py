@@ -5,15 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from posthouse import lab, run
+from posthouse import lab, run, secrets
 from posthouse.ops import failover
+from posthouse.ops.backup import backups
+from posthouse.ops.repository import Repository
 from posthouse.probe.clients import Imap, Person, Platform, Smtp, eventually, letter
 from posthouse.probe.ledger import Ledger, Stream, assert_all_there
 
@@ -162,6 +168,60 @@ def test_power_cuts(platform, nodes, friend, people, world, site, posthouse):
 def test_twenty_power_cuts(platform, nodes, friend, people, world, site, posthouse):
     """Twenty power cuts at random moments: users are served again within 10 s each time, lost 0"""
     rounds(platform, nodes, friend, people, world, site, posthouse, 20)
+
+
+def saved(site: Any, backup: str, folder: Any) -> set[str]:
+    """The Message-IDs of all that a backup holds, in stores and queues."""
+    repository = Repository(site, secrets.load(site))
+    (found,) = [one for one in backups(repository) if one.name == backup]
+    for part, snapshot in found.parts.items():
+        if part.startswith(("store:", "queues:")):
+            repository.restic("restore", "--quiet", snapshot, "--target", str(folder / part))
+    files = (file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    return {name.decode() for file in files for name in re.findall(rb"(?i)message-id: *(<[^>]+>)", file.read_bytes())}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("moment", ["queues:", "store:"])
+def test_backup_meanwhile(platform, nodes, friend, people, world, site, home, tmp_path, moment):
+    """A node dies while a backup is made ({moment}): the backup is finished, and has all that came before it began"""
+    place = Path(Repository(site, secrets.load(site)).place)
+    shutil.rmtree(place, ignore_errors=True)
+    everybody = [people.alice, people.bob, people.carol]
+    victim = home[people.alice.store].primary
+    ledger = Ledger()
+    command = [run.BIN / "posthouse", "backup", site.name, "--json"]
+    with Stream(platform, ledger, everybody, friend) as stream:
+        eventually(lambda: stream.taken > 10, 60, "a stream of mail")
+        before = {identifier for identifier, _ in ledger.acknowledged}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        lines = []
+        # The first of such a part that is done.
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith(moment) and "bytes" in line:
+                break
+        lab.kill(site.name, victim)
+        try:
+            lines += process.stderr.readlines()
+            result = process.stdout.read()
+            assert process.wait() == 0, "".join(lines)
+        finally:
+            lab.start(site.name, victim)
+    made = json.loads(result)
+    print("".join(lines), f"{made['seconds']} s")
+    left_out = {part["name"] for part in made["left_out"]}
+    assert {part["name"] for part in made["parts"]} >= {f"store:{name}" for name in site.stores} | {"directory", "site"}
+    assert left_out <= {f"queues:{victim}"}
+    if not left_out:
+        assert before <= saved(site, made["backup"], tmp_path)
+    eventually(lambda: nodes.serving(victim), 120, f"{victim} serving again")
+    settled(site)
+    nodes.flush(*(person.address for person in everybody), seconds=120)
+    assert_all_there(ledger, platform, nodes, everybody, world, power_cut=True)
+    shutil.rmtree(place)
 
 
 def test_not_acknowledged(platform, nodes, friend, people, site, home):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+from test_failover import settled
 
 from posthouse import lab, run, secrets
 from posthouse.mailboxes import Mailboxes, ManageSieve, quoted
@@ -283,6 +284,59 @@ def test_target_lost(site, make, stores):
     eventually(lambda: serves(stores.target), 90, f"{node} serving again")
     moved(site, [person], stores.target)
     assert differences(before, stores.state(stores.target, person)) == []
+
+
+@pytest.mark.full
+def test_source_lost(site, posthouse, make, stores):
+    """The source's node loses power while an account is copied: another serves it there, and a rerun moves it"""
+    person, friend = make(2)
+    make_odd(stores.source, person, friend)
+    fill(stores.source, person, 500)
+    before = stores.state(stores.source, person)
+    node = stores.source.store.primary
+    settled(site)
+    process = mover(site, person.address, "--to", stores.target.store.name)
+    next(line for line in process.stderr if line.strip().endswith(": copying"))
+    lab.kill(site.name, node)
+    try:
+        printed, complaint = process.communicate(timeout=300)
+        eventually(lambda: serves(stores.source), 60, "the source store, served by another node")
+        where = json.loads(posthouse("account", "show", person.address, "--site", site.name, "--json"))["store"]
+        if process.returncode == 1:  # else its replica took over in time
+            assert where == stores.source.store.name, printed + complaint
+            assert differences(before, stores.state(stores.source, person)) == []
+            moved(site, [person], stores.target)
+        assert differences(before, stores.state(stores.target, person)) == []
+        assert not stores.source.exists(person.address)
+    finally:
+        lab.start(site.name, node)
+    settled(site)
+    posthouse("failback", "--all", "--site", site.name)
+    settled(site)
+    # What the dead node had of it does not come back.
+    assert not stores.source.exists(person.address)
+    assert differences(before, stores.state(stores.target, person)) == []
+
+
+def test_there_and_back(site, nodes, make, stores):
+    """An account moves to another store and back, with scripts and all: the same as before, on replicas, too"""
+    person, friend = make(2)
+    make_odd(stores.source, person, friend)
+    before = stores.state(stores.source, person)
+    moved(site, [person], stores.target)
+    assert differences(before, stores.state(stores.target, person)) == []
+    moved(site, [person], stores.source)
+    assert differences(before, stores.state(stores.source, person)) == []
+    assert not stores.target.exists(person.address)
+    for store in (stores.source.store, stores.target.store):
+        eventually(lambda s=store: len(set(_listed(nodes, s, person).values())) == 1, 30, "the same on all copies")
+
+
+def _listed(nodes, store, person: Person) -> dict[str, str]:
+    """What each copy of a store has of an account: its mailboxes, and how many messages there are in each."""
+    ask = f"runuser -u cyrus -- /usr/lib/cyrus/bin/mbexamine -C /etc/cyrus/{store.name}/imapd.conf -u {person.address}"
+    count = "grep -E 'Mailbox|Number of Messages' || true"
+    return {node: nodes.run(node, f"{ask} | {count}") for node in (store.primary, *store.replicas)}
 
 
 def serves(mailboxes: Mailboxes) -> bool:

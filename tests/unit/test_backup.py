@@ -6,9 +6,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from posthouse.model import Keep
+from posthouse.model import Keep, Site
 from posthouse.ops import drill, entries
-from posthouse.ops.backup import Backup, choose, kept
+from posthouse.ops.backup import Backup, Part, Standing, choose, kept
+from posthouse.ops.backup import plan as backup_plan
 from posthouse.ops.imap import Folder, Message, batches, numbers, pairs, parsed
 from posthouse.ops.merge import plan, wire
 from posthouse.ops.repository import BackupError
@@ -72,6 +73,35 @@ def test_times_of_no_backup(at: str, complaint: str) -> None:
 def test_a_backup_that_never_ended_is_none() -> None:
     with pytest.raises(BackupError, match="no complete backup yet"):
         choose(made("20261126T020000Z", complete=False), None)
+
+
+def parts(site: Site, **told: object) -> dict[str, Part]:
+    """The plan of a backup, by parts' names, if all is well but what is told."""
+    have = {"up": frozenset(site.nodes), "primaries": {name: store.primary for name, store in site.stores.items()}}
+    return {part.name: part for part in backup_plan(site, Standing(**have | told))}  # type: ignore[arg-type]
+
+
+def test_stores_come_off_replicas_that_have_everything(site: Site) -> None:
+    store = site.stores["s01"]
+    (replica,) = store.replicas
+    assert parts(site)["store:s01"] == Part("store:s01", replica)
+    for told in ({"behind": frozenset({("s01", replica)})}, {"up": frozenset(site.nodes) - {replica}}):
+        part = parts(site, **told)["store:s01"]
+        assert part.node == store.primary
+        assert "off its primary" in part.note
+    # After a failover it is the other way round.
+    assert parts(site, primaries=dict.fromkeys(site.stores, replica))["store:s01"].node == store.primary
+
+
+def test_queues_of_a_dead_node_are_left_out_and_named(site: Site) -> None:
+    found = parts(site, up=frozenset(site.nodes) - {"mail2"})
+    assert {name for name, part in found.items() if part.left_out} == {"queues:mail2"}
+    assert "does not answer" in found["queues:mail2"].note
+
+
+def test_no_backup_without_the_directory(site: Site) -> None:
+    with pytest.raises(BackupError, match="no provider of the directory can be reached"):
+        parts(site, up=frozenset(site.nodes) - set(site.directory.providers))
 
 
 def message(digest: str, uid: int = 1) -> Message:

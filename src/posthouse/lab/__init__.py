@@ -5,7 +5,8 @@
     lab.down(name)                      nothing is left
     lab.status(name)                    [{"name", "address", "state", "pid", "image"}]
     lab.kill(name, node), start(…)      power cut, and power back
-    lab.add(site, secrets, node)        one node more, the others are not touched
+    lab.add(site, secrets, node, …)     some nodes more, the others are not touched
+    lab.running(name)                   whether its network is there
     lab.wipe(name, node)                a node and its disk are gone
     lab.enter(name)                     this process now sees the lab's network, as the site's controller
     lab.command(name, node)             what to put before a command to run it on a node, without ssh
@@ -54,6 +55,7 @@ __all__ = [
     "power_on",
     "provide",
     "refresh",
+    "running",
     "shell",
     "start",
     "status",
@@ -146,18 +148,23 @@ def power_on(site: Site, name: str, hardware: machine.Machine | None = None) -> 
         machine.power_on(layout, name, found)
 
 
-def add(site: Site, secrets: Secrets, name: str) -> str:
-    """Brings one node up and lets all others be; says what was done: "kept", "started" or "made". Raises LabError.
+def add(site: Site, secrets: Secrets, *names: str) -> dict[str, str]:
+    """Brings nodes up and lets all others be: {node: "kept", "started" or "made"}. Raises LabError.
 
-    The image of its class must be there before `enter`: see image.build.
+    The images of their classes must be there before `enter`: see image.build.
     """
     layout = Layout(site.name)
-    images = {site.nodes[name].klass: image.build(site, site.nodes[name].klass)}
+    images = {klass: image.build(site, klass) for klass in {site.nodes[name].klass for name in names}}
     with _locked(layout):
         if not network.exists(layout.namespace):
             raise LabError(f"{site.name}: the lab is down; start it with: posthouse lab up {site.name}")
         dns.start(layout, site, secrets)
-        return _bring(layout, site, secrets, images, name)[1]
+        return dict(_each(functools.partial(_bring, layout, site, secrets, images), names))
+
+
+def running(name: str) -> bool:
+    """Whether a lab's network is there, and so `enter` and `add` will do."""
+    return network.exists(Layout(name).namespace)
 
 
 def wipe(name: str, node: str) -> None:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from posthouse import run, sitefile
-from posthouse.model import Keep, Site
+from posthouse.model import Keep, Site, Store
+from posthouse.ops import failover, state
 from posthouse.ops.repository import BackupError, Lent, Repository, summary
 from posthouse.remote import Remote, RemoteError
 from posthouse.secrets import Secrets
@@ -29,6 +30,9 @@ DIRECTORY = "/directory.ldif"
 QUEUES = {"mx": "postfix", "submission": "postfix-submission", "outbound": "postfix-outbound"}
 QUEUE_FOLDERS = "maildrop incoming active deferred hold defer bounce trace"
 QUEUE_SNAPSHOT = "/srv/postfix/snapshot"
+# s; a store that fails over is served again after ten, and a replica that was away for a moment has caught up.
+SETTLED = 30
+TRIES = 3  # a node may die while it is asked, or become the primary
 
 Say = Callable[[str], None]
 
@@ -40,6 +44,23 @@ class Part:
     name: str
     node: str
     note: str = ""
+    left_out: bool = False  # the note says why
+
+    def told(self) -> dict[str, str]:
+        """For reports."""
+        return {"name": self.name, "node": self.node, "note": self.note}
+
+    def __str__(self) -> str:
+        return f"{self.name} from {self.node}{f' ({self.note})' if self.note else ''}"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Who can give what: the nodes that answer, who serves each store, and (store, replica) that lack something."""
+
+    up: frozenset[str]
+    primaries: dict[str, str]
+    behind: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass
@@ -81,24 +102,61 @@ def stands(remote: Remote, site: Site) -> dict[str, str]:
     return held
 
 
-def plan(site: Site, primaries: dict[str, str], reachable: Iterable[str]) -> list[Part]:
-    """The parts of a backup in the order in which they are taken. Raises BackupError if one cannot be."""
-    up = set(reachable)
+def look(remote: Remote, site: Site) -> Standing:
+    """How things stand, once nothing is failing over any more; or after half a minute. Raises BackupError."""
+    deadline = time.monotonic() + SETTLED
+    while True:
+        have = state.read(site, remote)
+        if have.filling:
+            node, name = next(iter(have.filling.items()))
+            raise BackupError(
+                f"{node}: is being filled from the backup {name}, and what is there now is only a part of it; first "
+                f"finish: posthouse rebuild --site {site.name}"
+            )
+        behind = _behind(remote, site, have)
+        unserved = [name for name in site.stores if name not in have.primaries]
+        catching_up = [node for _, node in behind if node in have.answers]
+        if not unserved and not catching_up:
+            break
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    if unserved:
+        raise BackupError(f"{unserved[0]}: no node serves it; see: posthouse verify {site.name} --tier store")
+    return Standing(have.answers, have.primaries, frozenset(behind))
+
+
+def _behind(remote: Remote, site: Site, have: state.State) -> set[tuple[str, str]]:
+    """(store, node) of the copies that lack something."""
+    if site.cluster is None:
+        return set(have.late)
+    try:
+        states = failover.states(site, remote)
+    except failover.FailoverError:
+        return set()  # then nobody serves a store, either
+    return {
+        (name, node)
+        for name, now in states.items()
+        for node in (site.stores[name].primary, *site.stores[name].replicas)
+        if node != now.primary and node not in now.in_sync
+    }
+
+
+def plan(site: Site, have: Standing) -> list[Part]:
+    """The parts of a backup in the order in which they are taken. Raises BackupError if one cannot be.
+
+    Queues of a node that does not answer are left out: a node may be away for days, and the others' mail is worth
+    a backup meanwhile.
+    """
     parts = []
     for node in site.nodes.values():
         if set(QUEUES) & set(node.tiers):
-            if node.name not in up:
-                raise BackupError(
-                    f"{node.name}: cannot be reached, and its queues are nowhere else; bring it back first"
-                )
-            parts.append(Part(f"queues:{node.name}", node.name))
+            gone = node.name not in have.up
+            why = "left out: the node does not answer, and what waits on it is nowhere else" if gone else ""
+            parts.append(Part(f"queues:{node.name}", node.name, why, gone))
     for store in site.stores.values():
-        primary = primaries[store.name]
-        copies = [name for name in (store.primary, *store.replicas) if name != primary]
-        source = next((name for name in copies if name in up), primary)
-        note = "" if source != primary else "off its primary: users wait for the moment it is frozen"
-        parts.append(Part(f"store:{store.name}", source, note))
-    provider = next((name for name in site.directory.providers if name in up), None)
+        parts.append(_store_part(store, have))
+    provider = next((name for name in site.directory.providers if name in have.up), None)
     if not provider:
         raise BackupError("no provider of the directory can be reached; bring one back first")
     parts.append(Part("directory", provider))
@@ -106,11 +164,24 @@ def plan(site: Site, primaries: dict[str, str], reachable: Iterable[str]) -> lis
     return parts
 
 
+def _store_part(store: Store, have: Standing) -> Part:
+    """A store comes off a replica that has everything, if there is one."""
+    primary = have.primaries[store.name]
+    copies = [name for name in (store.primary, *store.replicas) if name != primary and name in have.up]
+    source = next((name for name in copies if (store.name, name) not in have.behind), primary)
+    note = ""
+    if source == primary:
+        why = f", for {copies[0]} does not have everything" if copies else ""
+        note = f"off its primary{why}: users wait for the moment it is frozen"
+    return Part(f"store:{store.name}", source, note)
+
+
 def backup(site: Site, secrets: Secrets, *, check: bool = False, say: Say = lambda text: None) -> dict[str, Any]:
     """Makes a backup.
 
     Returns {"backup": name, "repository", "parts": [{"name", "node", "note", and once made "bytes", "added", "seconds",
-    counts of a store}], "seconds"}. Raises BackupError, RemoteError; what was made until then is no backup.
+    counts of a store}], "left_out": [{"name", "node", "note"}], "seconds"}. Raises BackupError, RemoteError; what was
+    made until then is no backup.
     """
     started = time.monotonic()
     repository = Repository(site, secrets)
@@ -121,52 +192,32 @@ def backup(site: Site, secrets: Secrets, *, check: bool = False, say: Say = lamb
             there = True
         else:
             there = False
-        up = reachable(remote, site)
-        parts = plan(site, stands(remote, site), up)
+        parts = plan(site, look(remote, site))
         name = datetime.now(UTC).strftime(NAME)
         result: dict[str, Any] = {"backup": name, "repository": repository.place, "check": check}
         for part in parts:
-            say(f"{part.name} from {part.node}{f' ({part.note})' if part.note else ''}")
+            say(str(part))
         if check:
-            return result | {"parts": [asdict(part) for part in parts], "seconds": 0.0}
+            done = [part.told() for part in parts if not part.left_out]
+            return result | {"parts": done, "left_out": [p.told() for p in parts if p.left_out], "seconds": 0.0}
         if not there:
             repository.ensure()
         with repository.lent(remote) as lent:
-            made = [asdict(part) | _taken(site, repository, lent, name, part, say) for part in parts if _first(part)]
+            taking = _Taking(site, repository, remote, lent, name, say)
+            made = taking.all_of([part for part in parts if part.name.startswith("queues:")])
             stores = [part for part in parts if part.name.startswith("store:")]
             # One after the other on a node, so that its disk is not asked for everything at once; nodes side by side.
-            queues = [[part for part in stores if part.node == node] for node in sorted({p.node for p in stores})]
-
-            def in_turn(turn: list[Part]) -> list[dict[str, Any]]:
-                return [asdict(part) | _taken(site, repository, lent, name, part, say) for part in turn]
-
-            with ThreadPoolExecutor(len(queues)) as pool:
-                made += [item for turn in pool.map(in_turn, queues) for item in turn]
-            made += [
-                asdict(part) | _taken(site, repository, lent, name, part, say)
-                for part in parts
-                if part.name in ("directory", "site")
-            ]
+            turns = [[part for part in stores if part.node == node] for node in sorted({p.node for p in stores})]
+            with ThreadPoolExecutor(len(turns)) as pool:
+                made += [item for turn in pool.map(taking.all_of, turns) for item in turn]
+            made += taking.all_of([part for part in parts if part.name in ("directory", "site")])
+        result["left_out"] = [part.told() for part in taking.left_out]
         result |= {"parts": made, "seconds": round(time.monotonic() - started, 1)}
         tags = _tags(name, "manifest")
         repository.restic(
             "backup", "--host", site.name, *tags, "--stdin", "--stdin-filename", MANIFEST, text=json.dumps(result)
         )
     return result
-
-
-def reachable(remote: Remote, site: Site) -> list[str]:
-    """The nodes that answer."""
-
-    def answers(node: str) -> bool:
-        try:
-            remote.run(node, "true", timeout=30)
-        except RemoteError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        return [node for node, good in zip(site.nodes, pool.map(answers, site.nodes), strict=True) if good]
 
 
 def backups(repository: Repository) -> list[Backup]:
@@ -261,10 +312,6 @@ def examine(site: Site, secrets: Secrets, *, quick: bool = False) -> dict[str, A
     }
 
 
-def _first(part: Part) -> bool:
-    return part.name.startswith("queues:")
-
-
 def _tags(name: str, part: str) -> list[str]:
     return ["--tag", f"run={name}", "--tag", f"part={part}"]
 
@@ -299,6 +346,38 @@ def _taken(site: Site, repository: Repository, lent: Lent, name: str, part: Part
     seconds = round(time.monotonic() - started, 1)
     say(f"{part.name}: {made['total_bytes_processed']} bytes, {made['data_added']} of them new, {seconds} s")
     return {"bytes": made["total_bytes_processed"], "added": made["data_added"], "seconds": seconds, **counts}
+
+
+class _Taking:
+    """The parts of one backup, taken by and by; threads may share it."""
+
+    def __init__(self, site: Site, repository: Repository, remote: Remote, lent: Lent, name: str, say: Say) -> None:
+        self._site, self._repository, self._remote, self._lent = site, repository, remote, lent
+        self._name, self._say = name, say
+        self.left_out: list[Part] = []
+
+    def all_of(self, parts: list[Part]) -> list[dict[str, Any]]:
+        """Some parts, one after the other: what `backup` returns about each."""
+        return [done for part in parts if (done := self._one(part))]
+
+    def _one(self, part: Part) -> dict[str, Any] | None:
+        """One part; from another node if the first one dies or changes its role while it is asked."""
+        for tries in range(TRIES):
+            if tries:
+                part = next(p for p in plan(self._site, look(self._remote, self._site)) if p.name == part.name)
+                self._say(str(part))
+            if part.left_out:
+                self.left_out.append(part)
+                return None
+            try:
+                return part.told() | _taken(self._site, self._repository, self._lent, self._name, part, self._say)
+            except (BackupError, RemoteError) as error:
+                if tries == TRIES - 1:
+                    raise
+                # restic tells of its progress on the way, a line of JSON each time.
+                words = [line for line in str(error).splitlines() if '"message_type"' not in line]
+                self._say(f"{part.name}: {' / '.join(words) or 'broken off'}; tried again with whoever has it now")
+        return None
 
 
 def _queue_copy(tier: str) -> str:

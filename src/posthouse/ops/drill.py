@@ -90,8 +90,8 @@ def drill(site: Site, *, at: str | None = None, check: bool = False, keep: bool 
             "machines": partial(_up, stand_in),
             "deploy": partial(_deploy, stand_in),
             "restore": partial(_restore, stand_in, site, chosen.name, work),
-            "read what came back": partial(_read, stand_in, work / "restored.json", True),
-            "read the live data": partial(_read, site, work / "live.json", False),
+            "read what came back": partial(read, stand_in, work / "restored.json", True),
+            "read the live data": partial(read, site, work / "live.json", False),
         }
         for step, act in steps.items():
             started = time.monotonic()
@@ -211,7 +211,7 @@ def _restore(stand_in: Site, site: Site, at: str, work: Path) -> bool:
     return True
 
 
-def _read(site: Site, path: Path, bytes_too: bool) -> bool:
+def read(site: Site, path: Path, bytes_too: bool) -> bool:
     """Writes what all mailboxes of a site hold; `bytes_too`: and whether each message's bytes are what Cyrus says."""
     run.reach(site)
     known = secrets.load(site)

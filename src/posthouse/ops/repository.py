@@ -17,6 +17,7 @@ import secrets as random
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,7 +143,7 @@ class Repository:
 
 
 class Lent:
-    """A repository that nodes may use for now. Threads may share it, each for nodes of its own."""
+    """A repository that nodes may use for now. Threads may share it."""
 
     def __init__(self, remote: Remote, port: int, password: str, server_password: str) -> None:
         self._remote, self._port = remote, port
@@ -152,23 +153,31 @@ class Lent:
             "RESTIC_REST_PASSWORD": server_password,
             "RESTIC_CACHE_DIR": CACHE,
         }
-        self._socket = f"/run/posthouse-backup-{random.token_hex(6)}"
-        self._links: dict[str, subprocess.Popen[bytes]] = {}
+        self._links: dict[str, tuple[subprocess.Popen[bytes], str]] = {}
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Takes it back from all nodes."""
-        for link in self._links.values():
+        for link, _ in self._links.values():
             end(link)
 
-    def _connect(self, node: str) -> None:
+    def _connected(self, node: str) -> str:
+        """The socket on a node that leads to us, made if there is none or it was lost."""
+        with self._lock:
+            if node not in self._links or self._links[node][0].poll() is not None:
+                self._links[node] = self._connect(node)
+            return self._links[node][1]
+
+    def _connect(self, node: str) -> tuple[subprocess.Popen[bytes], str]:
         """Brings the controller's port to a node, as a socket."""
+        place = f"/run/posthouse-backup-{random.token_hex(6)}"
         # A connection of its own: one shared with others would keep the socket open after we are done.
         link = subprocess.Popen(
             [
                 *("ssh", "-F", self._remote.config, "-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes"),
-                *("-o", "StreamLocalBindMask=0177", "-R", f"{self._socket}:127.0.0.1:{self._port}", node),
+                *("-o", "StreamLocalBindMask=0177", "-R", f"{place}:127.0.0.1:{self._port}", node),
                 # Ends, and takes the socket away, when we close its input, however we end.
-                f"echo ready; cat >/dev/null; rm -f {self._socket}; echo closed",
+                f"echo ready; cat >/dev/null; rm -f {place}; echo closed",
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -178,13 +187,11 @@ class Lent:
         if link.stdout.readline() != b"ready\n":
             complaint = link.stderr.read().decode(errors="replace").strip()
             raise BackupError(f"{node}: the repository cannot be lent to it: {complaint}; see that its ssh works")
-        self._links[node] = link
+        return link, place
 
     def run(self, node: str, script: str, timeout: float = LONGEST) -> str:
         """What a shell script prints on a node, in which `restic` is the repository's. Raises RemoteError."""
-        if node not in self._links:
-            self._connect(node)
-        values = self._environment | {"RESTIC_REPOSITORY": f"rest:http+unix://{self._socket}:/"}
+        values = self._environment | {"RESTIC_REPOSITORY": f"rest:http+unix://{self._connected(node)}:/"}
         lines = [f"export {name}='{value}'" for name, value in values.items()]
         return self._remote.run(node, "bash -euo pipefail -s", "\n".join([*lines, script, ""]), timeout)
 

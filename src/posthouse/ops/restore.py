@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -178,25 +179,93 @@ def everything(
     with run.exclusive(site):
         remote = Remote(site)
         say(f"backup {backup.name}")
-        made = len(_directory(site, secrets, repository, remote, backup, False)["made"])
-        say(f"directory: {made} accounts")
-        result: dict[str, Any] = {"backup": backup.name, "directory": made, "stores": {}, "queues": {}}
-        primaries = stands(remote, site)
-        contents = past.Contents(repository)
+        result: dict[str, Any] = {"backup": backup.name, "queues": {}}
         with repository.lent(remote) as lent:
-            for name in site.stores:
-                if f"store:{name}" not in backup.parts:
-                    continue
-                done = _store(site, secrets, remote, lent, primaries[name], name, backup, contents)
-                result["stores"][name] = done
-                say(f"{name}: {done['given']} mailboxes given to it, {done['merged']} merged with what was there")
-            for part in backup.parts:
-                kind, _, node = part.partition(":")
-                # What waited to be sent is not a drill's to send.
-                if kind == "queues" and node in site.nodes and source is None:
-                    result["queues"][node] = _queue(site, lent, remote, backup, node, node, False)["messages"]
-                    say(f"queues of {node}: {sum(result['queues'][node].values())} messages")
+            filling = Filling(site, secrets, repository, remote, lent, backup)
+            result["directory"] = filling.directory()
+            say(f"directory: {result['directory']} accounts")
+            result["stores"] = filling.stores(say)
+            # What waited to be sent is not a drill's to send.
+            for node in filling.queued if source is None else ():
+                result["queues"][node] = filling.queue(node, node)
+                say(f"queues of {node}: {sum(result['queues'][node].values())} messages")
     return result | {"seconds": round(time.monotonic() - started, 1)}
+
+
+class Filling:
+    """Freshly deployed nodes, and the backup that they are filled from, a part at a time. Each part may be repeated.
+
+    closed: nobody has been let in yet, so whatever is in the stores came from this very backup.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        secrets: Secrets,
+        repository: Repository,
+        remote: Remote,
+        lent: Lent,
+        backup: Backup,
+        closed: bool = False,
+    ) -> None:
+        self._site, self._secrets, self._repository = site, secrets, repository
+        self._remote, self._lent, self._backup, self._closed = remote, lent, backup, closed
+        self._contents = past.Contents(repository)
+
+    @property
+    def queued(self) -> list[str]:
+        """The site's nodes whose queues the backup has."""
+        return [node for node in self._site.nodes if f"queues:{node}" in self._backup.parts]
+
+    def directory(self) -> int:
+        """The accounts' entries; returns how many were made."""
+        return len(_directory(self._site, self._secrets, self._repository, self._remote, self._backup, False)["made"])
+
+    def stores(self, say: Say = lambda text: None) -> dict[str, dict[str, int]]:
+        """All stores that the backup has, those of different nodes side by side: {store: {"given", "merged"}}."""
+        primaries = stands(self._remote, self._site)
+        wanted = [name for name in self._site.stores if f"store:{name}" in self._backup.parts]
+        for name in wanted:
+            self._contents.accounts(self._backup, name)
+        # One after the other on a node, so that its disk is not asked for everything at once.
+        turns = [[n for n in wanted if primaries[n] == node] for node in sorted({primaries[n] for n in wanted})]
+
+        def in_turn(names: list[str]) -> dict[str, dict[str, int]]:
+            found = {}
+            for name in names:
+                found[name] = done = self._store(primaries[name], name)
+                say(f"{name}: {done['given']} mailboxes given to it, {done['merged']} merged with what was there")
+            return found
+
+        with ThreadPoolExecutor(max(len(turns), 1)) as pool:
+            return {name: done for found in pool.map(in_turn, turns) for name, done in found.items()}
+
+    def queue(self, source: str, node: str) -> dict[str, int]:
+        """What waited in a node's queues, into those of the same or another node, once: {tier: messages}."""
+        counts: dict[str, int] = _queue(self._site, self._lent, self._remote, self._backup, source, node, False)[
+            "messages"
+        ]
+        return counts
+
+    def _store(self, node: str, name: str) -> dict[str, int]:
+        """One store: mailboxes that are not there come whole; what others lack is added to them."""
+        store = self._site.stores[name]
+        held = self._contents.accounts(self._backup, name)
+        mailboxes = Mailboxes(store, self._secrets)
+        try:
+            there = [] if self._closed else [address for address in held if mailboxes.exists(address)]
+        finally:
+            mailboxes.close()
+        missing = sorted(set(held) - set(there))
+        whole = Held(self._backup, name, self._backup.parts[f"store:{name}"], "", ())
+        opened = past.opened(self._site, self._secrets, self._remote, self._lent, node, whole, store, whole=True)
+        with opened as (then, folder):
+            if missing:
+                give = f"{past.TOOL} give {name} {folder} {shlex.quote(store.address)}"
+                self._remote.run(node, give, "\n".join(missing) + "\n", timeout=24 * 3600)
+            for address in there:
+                account_mail(self._secrets, then, store, address, Wanted(), False)
+        return {"given": len(missing), "merged": len(there)}
 
 
 def _mail(here: Opened, store: str, address: str, wanted: Wanted, check: bool) -> Restored:
@@ -242,35 +311,6 @@ def _directory(
         "made": [address for address, _, _ in missing],
         "changed": {address: sorted(attributes) for address, _, attributes in changed},
     }
-
-
-def _store(
-    site: Site,
-    secrets: Secrets,
-    remote: Remote,
-    lent: Lent,
-    node: str,
-    name: str,
-    backup: Backup,
-    contents: past.Contents,
-) -> dict[str, int]:
-    """One store: mailboxes that are not there come whole; what others lack is added to them."""
-    store = site.stores[name]
-    held = contents.accounts(backup, name)
-    mailboxes = Mailboxes(store, secrets)
-    try:
-        there = [address for address in held if mailboxes.exists(address)]
-    finally:
-        mailboxes.close()
-    missing = sorted(set(held) - set(there))
-    whole = Held(backup, name, backup.parts[f"store:{name}"], "", ())
-    with past.opened(site, secrets, remote, lent, node, whole, store, whole=True) as (then, folder):
-        if missing:
-            give = f"{past.TOOL} give {name} {folder} {shlex.quote(store.address)}"
-            remote.run(node, give, "\n".join(missing) + "\n", timeout=24 * 3600)
-        for address in there:
-            account_mail(secrets, then, store, address, Wanted(), False)
-    return {"given": len(missing), "merged": len(there)}
 
 
 def _queue(

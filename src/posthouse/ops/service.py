@@ -22,12 +22,16 @@ SETTLED_SECONDS = 90
 
 def machine(site: Site, node: str) -> str:
     """Has a node of a lab running; says what had to be done. Raises LabError."""
-    return lab.add(site, secrets.ensure(site), node)
+    return lab.add(site, secrets.ensure(site), node)[node]
 
 
-def deploy(site: Site, limit: str | None = None, tiers: list[str] | None = None) -> str:
-    """Brings nodes to what the site says; returns which changed. Raises Stopped with what Ansible reported."""
-    variables = {"deploy_tiers": tiers} if tiers else None
+def deploy(site: Site, limit: str | None = None, tiers: list[str] | None = None, filling: bool = False) -> str:
+    """Brings nodes to what the site says; returns which changed. Raises Stopped with what Ansible reported.
+
+    filling: the directory's data comes later.
+    """
+    variables: dict[str, Any] = {"deploy_tiers": tiers} if tiers else {}
+    variables |= {"deploy_filling": True} if filling else {}
     result = run.playbook(site, "deploy", *(["--limit", limit] if limit else []), variables=variables, quiet=True)
     failed = {name: node.get("error", "failed") for name, node in result["nodes"].items() if not node["ok"]}
     if failed or not result["ok"]:
@@ -71,8 +75,8 @@ def await_service(site: Site, remote: Remote, node: str) -> str:
         time.sleep(1)
 
 
-def verify(site: Site, node: str) -> str:
-    """Proves every tier of one node. What is not yet connected after a change gets a while. Raises Stopped."""
+def verify(site: Site, node: str | None = None) -> str:
+    """Proves every tier of a node, or of all nodes. What is not yet connected gets a while. Raises Stopped."""
     deadline = time.monotonic() + SETTLED_SECONDS
     while True:
         result = run.verify(site, quiet=True, node=node)

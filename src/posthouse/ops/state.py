@@ -15,10 +15,14 @@ from posthouse.strict import did_you_mean
 
 # A node that is drained has this file; it holds JSON: since when, and by whom.
 MARK = "/var/lib/posthouse/drained"
+# A node of a site that is being filled from a backup has this file; it holds the backup's name. For as long as it is
+# there, slapd-open lets none of the node's daemons at the directory, so that nobody is told "no such address".
+FILLING = "/var/lib/posthouse/filling"
 
 _QUESTIONS = f"""
 test -e {MARK} && echo drained yes
 test -e /var/lib/posthouse/generation.json && echo deployed yes
+test -e {FILLING} && echo filling $(cat {FILLING})
 ip -4 -o address | sed -n 's/.* inet \\([0-9.]*\\).*/address \\1/p'
 df -m --output=avail /srv | sed -n '2s/^ */free /p'
 test -S /run/slapd/ldapi && echo directory yes
@@ -44,6 +48,7 @@ class State:
     # balancer → pool → server → "up", "down" or "drained"
     pools: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
     free: dict[str, int] = field(default_factory=dict)  # node → MiB free on its /srv
+    filling: dict[str, str] = field(default_factory=dict)  # node → the backup that its site is being filled from
 
     def behind(self, store: str) -> Callable[[str], bool]:
         """Says of a node whether its copy of a store lacks something: a key to sort by, the best copies first."""
@@ -87,7 +92,7 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
     stores = {store.address: store.name for store in site.stores.values()}
     vip = str(site.vips["mail"])
     flags: dict[str, set[str]] = {"drained": set(), "deployed": set()}
-    primaries, holder, late, free = {}, "", set(), {}
+    primaries, holder, late, free, filling = {}, "", set(), {}, {}
     pools: dict[str, dict[str, dict[str, str]]] = {}
     for node, text in answers.items():
         for word, *rest in (line.split() for line in (text or "").splitlines() if line.strip()):
@@ -99,6 +104,8 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
                 holder = node
             elif word == "free":
                 free[node] = int(rest[0])
+            elif word == "filling":
+                filling[node] = " ".join(rest)
             elif word == "server":
                 pool, server, operational, administrative = rest
                 how = "drained" if int(administrative) else "up" if operational == "2" else "down"
@@ -115,6 +122,7 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
         vip=holder,
         pools=pools,
         free=free,
+        filling=filling,
     )
 
 
