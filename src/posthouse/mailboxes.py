@@ -151,6 +151,14 @@ class Mailboxes:
             raise self._admin_error(error) from None
         return {name: own for name, own in names.items() if own != "#sieve"}
 
+    def was_here(self, address: str) -> bool:
+        """Whether anything of the account is kept aside. Raises StoreError."""
+        local, _, domain = address.partition("@")
+        try:
+            return any(_expect(self._admin().list('""', f'"DELETED/user/{local}/*@{domain}"')))
+        except (imaplib.IMAP4.error, OSError) as error:
+            raise self._admin_error(error) from None
+
     @contextmanager
     def administration(self) -> Iterator[imaplib.IMAP4]:
         """The administrator's IMAP session. Raises StoreError."""

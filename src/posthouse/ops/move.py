@@ -44,6 +44,7 @@ SHORT = 1.0
 PASSES = 5
 # Postfix's queue manager may use an answer of the directory for 30 s.
 STRAGGLERS = 35.0
+CYR_EXPIRE = "runuser -u cyrus -- /usr/lib/cyrus/bin/cyr_expire"
 # What a copy may fill of the space that is free on a node.
 FILL = 0.9
 TRIES = 3
@@ -313,6 +314,20 @@ class Mover:
         """What is on the target already is a copy that a killed move left, or it is not the account's mailbox."""
         if not self._is_copy(address, target, source):
             self._take_strays(address, target, source)
+        if self._mailboxes(target).was_here(address):
+            self._forget_on_replicas(address, target)
+
+    def _forget_on_replicas(self, address: str, store: str) -> None:
+        """Replicas keep the scripts of an account that left, of which the primary has kept all but these.
+
+        If the account comes back to the store, Cyrus 3.10 crashes on a replica that is told of a folder with the
+        identity of one that it keeps aside, again and again. So they forget what they have kept of this account.
+        """
+        places = self.site.stores[store]
+        command = f"{CYR_EXPIRE} -C /etc/cyrus/{store}/imapd.conf -a -c -x -D 0 -u {shlex.quote(address)}"
+        for node in (places.primary, *places.replicas):
+            if node != self._primary(store):
+                self._remote.run(node, command, timeout=600)
 
     def _is_copy(self, address: str, store: str, other: str) -> bool:
         """Whether the account's mailbox on a store, if there is one, is the same as on another one."""
