@@ -85,6 +85,7 @@ def since(nodes: Nodes) -> dict[str, str]:
     return nodes.each("base", "cut -d' ' -f22 /proc/1/stat")
 
 
+@pytest.mark.full
 def test_upgrade(platform, nodes, friend, people, world, site, unrehearsed):
     """A node is upgraded under mail, once that was rehearsed: no delivery and no login fails, the others go on"""
     node = site.stores[people.bob.store].primary
