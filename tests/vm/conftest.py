@@ -9,9 +9,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from machines import MACHINES, NAME, SITE, Lanes, log_tail
+from machines import MACHINES, NAME, SITE, TIMES, Lanes, log_tail, timed
 
 from posthouse import lab, roles, run, sitefile
 from posthouse.lab import requirements
@@ -32,6 +33,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--full"):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for what, seconds in TIMES:
+        terminalreporter.write_line(f"{seconds:7.1f} s  {what}")
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +68,10 @@ def cluster(posthouse: Callable[..., str]) -> Iterator[Callable[[str], None]]:
 
     try:
         write(SITE)
-        posthouse("lab", "up", NAME)
-        posthouse("deploy", NAME)
+        with timed("cluster of containers: lab up"):
+            posthouse("lab", "up", NAME)
+        with timed("cluster of containers: deploy"):
+            posthouse("deploy", NAME)
         yield write
     finally:
         lab.down(NAME)

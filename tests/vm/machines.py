@@ -1,6 +1,6 @@
 """What happens to the machines of the suite, step by step, and what was seen of it.
 
-Two lanes: a BIOS machine that is to carry a store, and a UEFI machine, a spare. First the server hands out an image of
+Two lanes: a BIOS machine that is to carry a store, and a UEFI machine. First the server hands out an image of
 which one byte was changed; then it is replaced by the real one, and both machines are installed.
 """
 
@@ -26,7 +26,7 @@ from posthouse.provision.records import Records
 
 NAME = "tmp-vm"
 PATIENCE = 900  # seconds for what takes one minute where nothing else runs
-NODE, SPARE, STRANGER = "mail3", "spare1", "stranger"
+NODE, SECOND, SPARE, STRANGER = "mail3", "mail4", "spare1", "stranger"
 STRANGERS_MAC = "02:70:00:00:00:63"
 HEAD = """\
 name: NAME
@@ -43,6 +43,7 @@ SITE = f"""\
 nodes:
   lb1: {{class: lb, address: 10.77.0.11}}
   mail[1:2]: {{class: mail, address: 10.77.0.21}}
+  {SPARE}: {{class: mail, address: 10.77.0.31, spare: true}}
 vips: {{mail: 10.77.0.5}}
 directory: {{providers: [mail1, mail2]}}
 stores:
@@ -56,9 +57,9 @@ classes: {{mail: {{install: {{root_gib: 3, disk: {{serial: "ours-*"}}}}}}}}
 provision: {{guests: 10.77.0.201-10.77.0.210}}
 """
 _NODE = f'  {NODE}: {{class: mail, address: 10.77.0.23, mac: "02:70:00:00:00:03"}}\n'
-_SPARE = f'  {SPARE}: {{class: mail, address: 10.77.0.24, spare: true, mac: "02:70:00:00:00:04"}}\n'
-MACHINES = SITE.replace("vips:", f"{_NODE}{_SPARE}vips:")
-# The spare has served its purpose, and the other machine gets a store.
+_SECOND = f'  {SECOND}: {{class: mail, address: 10.77.0.24, mac: "02:70:00:00:00:04"}}\n'
+MACHINES = SITE.replace("vips:", f"{_NODE}{_SECOND}vips:")
+# The UEFI machine has served its purpose, and the other one gets a store.
 IN_USE = SITE.replace("vips:", f"{_NODE}vips:").replace("mx:", f"  s02: {{primary: {NODE}, replicas: [mail1]}}\nmx:")
 
 # The real server, but one byte in the middle of each image is another one.
@@ -77,6 +78,18 @@ for name, media in provision.prepare(site).items():
 lab.enter(site.name)
 provision.serve(site, made)
 """
+
+
+# What took how long, in seconds; printed when all is done.
+TIMES: list[tuple[str, float]] = []
+
+
+@contextlib.contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Notes how long something takes."""
+    begun = time.monotonic()
+    yield
+    TIMES.append((what, time.monotonic() - begun))
 
 
 # What a site of machines alone must have besides; none of it is started.
@@ -155,7 +168,11 @@ class Lanes:
             lane.shutdown(wait=True, cancel_futures=True)
 
     def _step(self, lane: ThreadPoolExecutor, name: str, work: Callable[[], dict[str, Any]]) -> None:
-        self._steps[name] = lane.submit(work)
+        def run() -> dict[str, Any]:
+            with timed(f"step {name}"):
+                return work()
+
+        self._steps[name] = lane.submit(run)
 
     # --- steps
 
@@ -195,26 +212,26 @@ class Lanes:
         return {"phase": record.phase, "attempts": record.attempts, "installed": record.installed}
 
     def _tampered(self) -> dict[str, Any]:
-        self._power_on(SPARE, self._machine(SPARE, efi=True))
-        self._until(SPARE, lambda: self.records.read(SPARE).phase == "failed")
-        self._until(SPARE, lambda: "NOT INSTALLED" in self.console(SPARE))
-        seen = {"reason": self.records.read(SPARE).reason, "console": self.console(SPARE)}
-        lab.kill(NAME, SPARE)
-        return seen | {"installed": self.records.read(SPARE).installed}
+        self._power_on(SECOND, self._machine(SECOND, efi=True))
+        self._until(SECOND, lambda: self.records.read(SECOND).phase == "failed")
+        self._until(SECOND, lambda: "NOT INSTALLED" in self.console(SECOND))
+        seen = {"reason": self.records.read(SECOND).reason, "console": self.console(SECOND)}
+        lab.kill(NAME, SECOND)
+        return seen | {"installed": self.records.read(SECOND).installed}
 
     def _installed(self) -> dict[str, Any]:
         return self._to_first_contact(NODE)
 
     def _uefi(self) -> dict[str, Any]:
-        return self._to_first_contact(SPARE)
+        return self._to_first_contact(SECOND)
 
     def _again(self) -> dict[str, Any]:
         """Power off and on."""
-        before = self.records.read(SPARE)
-        lab.kill(NAME, SPARE)
-        lab.start(NAME, SPARE)
-        self._contact(SPARE)
-        return {"before": before, "after": self.records.read(SPARE)}
+        before = self.records.read(SECOND)
+        lab.kill(NAME, SECOND)
+        lab.start(NAME, SECOND)
+        self._contact(SECOND)
+        return {"before": before, "after": self.records.read(SECOND)}
 
     # --- what steps are made of
 
@@ -224,6 +241,9 @@ class Lanes:
         self._until(name, lambda: self.records.read(name).installed)
         installed = time.monotonic() - begun
         waited = self._contact(name)
+        TIMES.append((f"blank disk to first contact, {'UEFI' if name == SECOND else 'BIOS'}", time.monotonic() - begun))
+        TIMES.extend((f"  {phase}", seconds) for phase, seconds in self.records.read(name).seconds().items())
+        TIMES.append(("  from its disk to ssh", waited))
         key = secrets.load(self.site).ssh["host_keys"][name]
         record = self.records.read(name)
         return {"installed": installed, "contact": waited, "key": key, "phases": record.seconds(), "record": record}

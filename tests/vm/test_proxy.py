@@ -12,6 +12,7 @@ from posthouse import lab
 from posthouse.lab import machine, network, processes
 from posthouse.lab.layout import NETNS, Layout
 from posthouse.lab.machine import Machine
+from posthouse.probe.clients import eventually
 
 pytestmark = pytest.mark.vm
 
@@ -43,24 +44,33 @@ def served() -> Iterator[Layout]:
         yield layout
 
 
+def offers(served: Layout, arch: int, ipxe: bool = False) -> dict[str, pxe.Answer]:
+    """What both servers offer; firmware asks again, too, while one of them does not answer yet."""
+
+    def both() -> dict[str, pxe.Answer] | None:
+        found = pxe.discover(STRANGERS_MAC, arch, ipxe)
+        return found if set(found) == {SERVER, CONTROLLER} else None
+
+    with network.inside(served.node_namespace("client")):
+        return eventually(both, 60, "an offer from either server")
+
+
 @pytest.mark.parametrize(("arch", "file"), [(pxe.BIOS, "undionly.kpxe"), (pxe.EFI, "snponly.efi")])
 def test_firmware_has_its_address_from_the_site_and_iPXE_from_posthouse(served: Layout, arch: int, file: str):
+    found = offers(served, arch)
+    assert found[SERVER].address.startswith("10.77.0.20")
+    assert found[CONTROLLER].address == "0.0.0.0"
+    assert found[CONTROLLER].options[pxe.VENDOR] == b"PXEClient"
     with network.inside(served.node_namespace("client")):
-        offers = pxe.discover(STRANGERS_MAC, arch)
         chosen = pxe.ask(CONTROLLER, CLIENT, STRANGERS_MAC, arch)
-    assert set(offers) == {SERVER, CONTROLLER}
-    assert offers[SERVER].address.startswith("10.77.0.20")
-    assert offers[CONTROLLER].address == "0.0.0.0"
-    assert offers[CONTROLLER].options[pxe.VENDOR] == b"PXEClient"
     assert chosen
     assert chosen.file == file
 
 
 def test_iPXE_has_its_script_from_posthouse(served: Layout):
-    with network.inside(served.node_namespace("client")):
-        offers = pxe.discover(STRANGERS_MAC, pxe.EFI, ipxe=True)
-    assert offers[CONTROLLER].file == f"http://{CONTROLLER}:8480/boot.ipxe"
-    assert offers[SERVER].address.startswith("10.77.0.20")
+    found = offers(served, pxe.EFI, ipxe=True)
+    assert found[CONTROLLER].file == f"http://{CONTROLLER}:8480/boot.ipxe"
+    assert found[SERVER].address.startswith("10.77.0.20")
 
 
 def test_a_UEFI_machine_comes_to_its_menu(served: Layout):

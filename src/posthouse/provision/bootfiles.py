@@ -43,9 +43,10 @@ def menu_script(site: Site, mac: str) -> str:
     return render("menu.ipxe.j2", site=site.name, mac=mac)
 
 
-def local_script(node: Node) -> str:
+def local_script(site: Site, node: Node) -> str:
     """The iPXE script of a machine that is installed: it starts from its disk."""
-    return render("local.ipxe.j2", node=node)
+    image = site.classes[node.klass].install.method == "image"
+    return render("local.ipxe.j2", node=node, image=image, server=plain(site))
 
 
 def boot_script(site: Site, node: Node, opened: Secrets, token: str) -> str:
@@ -77,7 +78,7 @@ def files(site: Site, opened: Secrets) -> dict[str, str]:
     for node in site.nodes.values():
         if node.mac:
             made[f"{node.name}-install.ipxe"] = boot_script(site, node, opened, TOKEN)
-            made[f"{node.name}-local.ipxe"] = local_script(node)
+            made[f"{node.name}-local.ipxe"] = local_script(site, node)
             made |= answers(site, node, opened)
     return made
 

@@ -3,7 +3,7 @@
 All of it is made once, from the image's tree for metal, and lies beside it:
 
 BOOT/TREE.tar.zst, TREE.json        the stream, and its manifest: {"sha256", "bytes", "unpacked"}
-BOOT/TREE-DIGEST.{kernel,initrd}    the environment; DIGEST covers the scripts in it
+BOOT/TREE-DIGEST.{kernel,initrd,efi}    the environment; DIGEST covers the scripts in it
 
 The environment is Debian's own initramfs-tools with a `mountroot` of ours: kernel, drivers, udev and LVM's and mdadm's
 parts come from the class's own tree, so there is no second distribution to keep up to date.
@@ -39,7 +39,11 @@ mount --bind /dev "$2/root/dev"
 version=$(ls "$2/root/lib/modules")
 chroot "$2/root" mkinitramfs -d /tmp/conf -o /tmp/initrd "$version"
 cp "$2/root/tmp/initrd" "$4"
-cp "$2/root/boot/vmlinuz-$version" "$5"
+cp "$3/start.cfg" "$2/root/tmp/start.cfg"
+chroot "$2/root" grub-mkimage -O x86_64-efi -c /tmp/start.cfg -p /none -o /tmp/start.efi \
+    part_gpt fat search search_label chain normal boot
+cp "$2/root/tmp/start.efi" "$5"
+cp "$2/root/boot/vmlinuz-$version" "$6"
 """
 
 
@@ -58,6 +62,11 @@ class Media:
     manifest: dict[str, Any]
 
     @property
+    def start(self) -> Path:
+        """What iPXE starts a UEFI machine's own disk by."""
+        return self.kernel.with_suffix(".efi")
+
+    @property
     def sha256(self) -> str:
         """The digest of the stream, by which a machine knows that it has the right one."""
         return str(self.manifest["sha256"])
@@ -67,14 +76,16 @@ def make(site: Site, class_name: str) -> Media:
     """The media of a class, made if they are not there yet. Raises ImageError, MediaError."""
     tree = image.build(site, class_name, metal=True)
     BOOT.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(b"".join((SCRIPTS / name).read_bytes() for name in ("hook", "posthouse"))).hexdigest()[:8]
+    digest = hashlib.sha256(
+        b"".join((SCRIPTS / name).read_bytes() for name in ("hook", "posthouse", "start.cfg"))
+    ).hexdigest()[:8]
     stream, manifest = BOOT / f"{tree.name}.tar.zst", BOOT / f"{tree.name}.json"
     kernel, initrd = (BOOT / f"{tree.name}-{digest}.{kind}" for kind in ("kernel", "initrd"))
     with image.locked(BOOT / f"{tree.name}.lock"):
         if not manifest.exists():
             manifest.write_text(json.dumps(_pack(tree, stream)))
         if not kernel.exists():
-            _initramfs(tree, initrd, kernel)
+            _initramfs(tree, initrd, kernel.with_suffix(".efi"), kernel)
     _prune()
     return Media(tree, stream, kernel, initrd, json.loads(manifest.read_text()))
 
@@ -94,14 +105,15 @@ def _pack(tree: Path, stream: Path) -> dict[str, Any]:
     return {"sha256": digest, "bytes": stream.stat().st_size, "unpacked": int(counted.stdout.split()[0])}
 
 
-def _initramfs(tree: Path, initrd: Path, kernel: Path) -> None:
+def _initramfs(tree: Path, *files: Path) -> None:
+    """Makes initrd, start and kernel, in this order: where the kernel is, all are."""
     with tempfile.TemporaryDirectory(prefix="posthouse-initramfs-") as work:
-        partial = [file.with_name(file.name + ".partial") for file in (initrd, kernel)]
+        partial = [file.with_name(file.name + ".partial") for file in files]
         command = ["unshare", "--mount", "sh", "-c", _INITRAMFS, "make", *map(str, (tree, work, SCRIPTS, *partial))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise MediaError(f"{tree.name}: its initramfs cannot be made: {done.stderr.strip()[-400:]}")
-    for file, made in zip((initrd, kernel), partial, strict=True):  # the kernel last: where it is, both are
+    for file, made in zip(files, partial, strict=True):
         made.rename(file)
 
 

@@ -1,6 +1,6 @@
 """The server that machines boot from: boot files and images by HTTP, and what concerns one machine by HTTPS.
 
-by HTTP    /boot.ipxe → /boot/MAC, /kernel/CLASS, /initrd/CLASS, /image/SHA256, /ca.pem
+by HTTP    /boot.ipxe → /boot/MAC, /kernel/CLASS, /initrd/CLASS, /start/CLASS, /image/SHA256, /ca.pem
            and for the distributions' installers /answers/FILE, /debian-installer/FILE
 by HTTPS   /node/NODE/{hardware,phase,identity,installed,failed}, under the token that the boot script carried
 
@@ -59,7 +59,7 @@ class Server:
         app.router.add_get("/boot.ipxe", self.first)
         app.router.add_get("/boot/{mac}", self.boot)
         app.router.add_get("/ca.pem", self.authority)
-        app.router.add_get("/{kind:kernel|initrd}/{class}", self.environment)
+        app.router.add_get("/{kind:kernel|initrd|start}/{class}", self.environment)
         app.router.add_get("/image/{sha256}", self.image)
         app.router.add_get("/answers/{file}", self.answers)
         app.router.add_get("/debian-installer/{file}", self.debian_installer)
@@ -91,7 +91,7 @@ class Server:
         with self.records.change(node.name) as record:
             if record.installed and not record.armed and method != "diskless":
                 log.info("%s: starts from its disk", node.name)
-                return web.Response(text=bootfiles.local_script(node))
+                return web.Response(text=bootfiles.local_script(self.site, node))
             token = record.admit()
         log.info("%s: boots to be installed", node.name)
         return web.Response(text=bootfiles.boot_script(self.site, node, self.secrets, token))
@@ -101,11 +101,11 @@ class Server:
         return web.Response(text=self.secrets.ca_cert)
 
     async def environment(self, request: web.Request) -> web.StreamResponse:
-        """Kernel and initramfs of a class."""
+        """Kernel and initramfs of a class, and what starts a UEFI machine's disk."""
         media = self.media.get(request.match_info["class"])
         if not media:
             raise web.HTTPNotFound
-        return web.FileResponse(media.kernel if request.match_info["kind"] == "kernel" else media.initrd)
+        return web.FileResponse(getattr(media, request.match_info["kind"]))
 
     async def image(self, request: web.Request) -> web.StreamResponse:
         """An image by its digest. The kernel copies it from file to socket: it takes no memory of ours."""
