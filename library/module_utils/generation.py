@@ -33,6 +33,8 @@ LOCK = RUN / "converge.lock"
 SYSTEM_UNITS = "/etc/systemd/system/"
 BESIDE = ".posthouse-new"
 READY_SECONDS = 60
+# All our services have units. With SysV scripts for them, too, Debian's helper would reload systemd once for each.
+ENVIRONMENT = os.environ | {"SYSTEMCTL_SKIP_SYSV": "1"}
 
 
 class Failed(Exception):
@@ -46,8 +48,8 @@ class Failed(Exception):
 # --- read -----------------------------------------------------------------------------------------------------------
 
 
-def run(*argv, timeout=300, **options):
-    return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False, **options)
+def run(*argv, timeout=300, env=ENVIRONMENT, **options):
+    return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, env=env, check=False, **options)
 
 
 def read_json(path, default):
