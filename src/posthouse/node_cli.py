@@ -57,7 +57,7 @@ def undrain(node: NodeName, site: SiteName = "lab", check: Check = False, as_jso
 
 
 def expand(node: NodeName, site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
-    """Put a node more into service; nothing on the others is restarted. Says what `rebalance` would do then."""
+    """Put a node more into service, while the others go on. Says what `rebalance` would do then."""
     from posthouse.ops import expand as module
 
     operate(site, as_json, lambda loaded: module.expand(loaded, node, check))

@@ -98,5 +98,5 @@ def test_without_a_disk_for_its_system_it_keeps_srv_and_its_host_key(site: Site,
     until(layout, RAM, lambda: records.read(RAM).attempts > before, PATIENCE)
     come_up(site, RAM)
     assert secrets.load(site).ssh["host_keys"][RAM] == first
-    assert on(RAM, "cat /srv/note; ls /note 2>&1 || true").split("\n")[0] == "kept"
+    assert on(RAM, "cat /srv/note; test -e /note || echo gone").split() == ["kept", "gone"]
     assert "dividing" not in console(layout, RAM).rpartition("iPXE")[2]
