@@ -16,7 +16,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from posthouse import run, secrets
-from posthouse.accounts import Accounts, Imported, Outcome
+from posthouse.account_import import Imported, import_file
+from posthouse.accounts import Accounts, Outcome
 from posthouse.sitefile import load
 
 app = typer.Typer(help="Manage accounts: directory entry, mailbox and default Sieve script.", no_args_is_help=True)
@@ -230,7 +231,7 @@ def import_accounts(
         def progress(state: Imported, fraction: float) -> None:
             bar.update(task, completed=fraction, description=f"{state.added} added, {len(state.bad)} bad")
 
-        state = accounts.import_file(file, check=check, progress=progress)
+        state = import_file(accounts, file, check=check, progress=progress)
     if as_json:
         print(json.dumps(asdict(state)))
     else:

@@ -10,8 +10,8 @@ from netaddr import IPAddress, IPNetwork
 from pydantic import TypeAdapter, ValidationError
 
 from posthouse import roles, secrets, sitefile
-from posthouse.model import NAME, Cidr, Domain
 from posthouse.sitefile import SiteError
+from posthouse.values import NAME, Cidr, Domain
 
 # Below this there is hardly room for a node more; above, no network is one.
 SMALLEST, LARGEST = 26, 8

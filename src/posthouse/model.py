@@ -1,123 +1,41 @@
 """The site model: what `site.yml` may say, and everything that follows from it.
 
 `sitefile.load` reads a site file into a `Site`. Addresses, names, groups, pools and firewall sets are properties of
-the `Site`; nothing derived is written down anywhere. What is wrong between parts of a site is found by `problems`.
+the `Site`; nothing derived is written down anywhere. What is wrong between its parts is found by `soundness.problems`.
 """
 
 from __future__ import annotations
 
-import re
-import reprlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Set
 from functools import cache, cached_property
 from typing import Annotated, Any, Literal
 
-from netaddr import IPAddress, IPNetwork, IPRange
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, create_model
+from netaddr import IPAddress
+from pydantic import AfterValidator, BeforeValidator, Field, create_model
 
 from posthouse import roles
 from posthouse.machines import BOOT_GIB, Install, Macs
-from posthouse.strict import Place, Problem, Strict, did_you_mean
+from posthouse.strict import Strict
+from posthouse.values import (
+    Address,
+    AddressRange,
+    Cidr,
+    Domain,
+    Name,
+    NodeNames,
+    RepositoryPlace,
+    StoreName,
+    Text,
+    Tier,
+    checked,
+    expand,
+)
 
 # A class that a site does not describe carries these tiers.
 STANDARD_CLASSES = {
     "mail": ["directory", "store", "filter", "mx", "submission", "outbound"],
     "lb": ["directory", "lb", "access"],
 }
-# More under one name is a slip of the keyboard; it must be refused before anything is made of it.
-LARGEST_RANGE = 4096
-# Names in the first domain, or in Ansible's inventory, that a node would take away from something else.
-RESERVED = {
-    "all": "Ansible's group of everything",
-    "ungrouped": "a group of Ansible's own",
-    "providers": "the group of the directory's providers",
-    "localhost": "every machine's own",
-    "controller": "the controller's",
-    "dnsbl": "the lab's block list's",
-}
-# A host's name and a certificate's subject have room for this many characters.
-LONGEST_FQDN = 64
-
-
-def _ip(value: Any) -> IPAddress:
-    try:
-        return IPAddress(str(value), version=4)
-    except Exception:
-        raise ValueError(f"{reprlib.repr(value)} is not an IPv4 address; write it like 10.77.0.5") from None
-
-
-def _cidr(value: Any) -> IPNetwork:
-    try:
-        network = IPNetwork(str(value), version=4)
-    except Exception:
-        raise ValueError(f"{reprlib.repr(value)} is not an IPv4 network; write it like 10.77.0.0/24") from None
-    if network.ip != network.network:
-        raise ValueError(f"{value} has host bits set; did you mean {network.cidr}?")
-    return network
-
-
-def _range(value: Any) -> IPRange:
-    first, dash, last = str(value).partition("-")
-    if not dash:
-        raise ValueError(f"{reprlib.repr(value)} is not an address range; write it like 10.77.0.11-10.77.0.99")
-    low, high = _ip(first.strip()), _ip(last.strip())
-    if high < low:
-        raise ValueError(f"{value} ends before it begins; write the smaller address first")
-    return IPRange(low, high)
-
-
-def _tier(value: str) -> str:
-    if value == "base":
-        raise ValueError("base is on every node; leave it out here")
-    if value not in roles.TIERS:
-        raise ValueError(f"no tier {value!r}; {did_you_mean(value, roles.TIERS[1:])}")
-    return value
-
-
-def _node_names(value: str) -> str:
-    match = re.fullmatch(r"([a-z][a-z0-9-]{0,30})\[(\d{1,99}):(\d{1,99})\]", value)
-    if not match:
-        return _checked(NAME, "the name of a node; write it like mail1, or mail[1:3] for three of them")(value)
-    count = int(match[3]) - int(match[2]) + 1
-    if count < 1:
-        raise ValueError("the range is empty; write the smaller number first, like mail[1:3]")
-    if count > LARGEST_RANGE:
-        raise ValueError(f"the range stands for {count} nodes, and {LARGEST_RANGE} is the most; did you mean fewer?")
-    return value
-
-
-def _checked(pattern: str | re.Pattern[str], what: str) -> Callable[[str], str]:
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise ValueError(f"{reprlib.repr(value)} is not {what}")
-        return value
-
-    return check
-
-
-NAME = re.compile(r"[a-z]([a-z0-9-]{0,29}[a-z0-9])?")
-_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-# The last label has a letter in it: 10.77.0.1 is no domain.
-_DOMAIN = rf"(?=.{{1,253}}$)({_LABEL}\.)+(?=[a-z0-9-]*[a-z]){_LABEL}"
-
-_text = PlainSerializer(str, return_type=str)
-Address = Annotated[Any, BeforeValidator(_ip), _text]
-Cidr = Annotated[Any, BeforeValidator(_cidr), _text]
-AddressRange = Annotated[Any, BeforeValidator(_range), _text]
-Name = Annotated[str, AfterValidator(_checked(NAME, "a name; use a to z, 0 to 9 and hyphens, a letter first: mail1"))]
-NodeNames = Annotated[str, AfterValidator(_node_names)]
-StoreName = Annotated[str, AfterValidator(_checked(r"s\d{2,3}", "the name of a store; they are s01, s02, … s999"))]
-Tier = Annotated[str, AfterValidator(_tier)]
-Domain = Annotated[
-    str,
-    AfterValidator(_checked(_DOMAIN, "a mail domain; write it in lower case, like example.org (others as xn--…)")),
-]
-# What a site says ends up in configuration files of many kinds; none of them means a line break by it.
-Text = Annotated[str, AfterValidator(_checked(r"[^\x00-\x1f\x7f]*", "text of one line; leave out control characters"))]
-
-
-_REPOSITORY = "a backup repository; write it like /srv/backup/corp, or rclone:REMOTE:PATH for one of rclone's remotes"
 
 
 class Network(Strict):
@@ -129,7 +47,7 @@ class Network(Strict):
     stores: AddressRange = Field(description="service addresses of stores: s01 has the first, s02 the second, …")
     gateway: Address | None = Field(None, description="default route of the nodes; the controller if left out")
     interface: Annotated[
-        str, AfterValidator(_checked(r"[a-z][a-z0-9.]{0,14}", "an interface; write it like eth0 or enp1s0.20"))
+        str, AfterValidator(checked(r"[a-z][a-z0-9.]{0,14}", "an interface; write it like eth0 or enp1s0.20"))
     ] = Field("eth0", description="the nodes' interface in this network")
     resolvers: list[Address] = Field(min_length=1, description="DNS servers that the nodes ask")
 
@@ -221,9 +139,7 @@ class Keep(Strict):
 class Backup(Strict):
     """Where backups go, how long they stay, and how often one must have been proved good."""
 
-    repository: (
-        Annotated[str, AfterValidator(_checked(r"(/|rclone:[\w.-]+:)[^\x00-\x1f\x7f]*", _REPOSITORY))] | None
-    ) = Field(
+    repository: RepositoryPlace | None = Field(
         None,
         description="a folder of the controller's, or rclone:REMOTE:PATH; by default /var/lib/posthouse/backup/SITE",
     )
@@ -293,15 +209,6 @@ def settings_model(tier: str) -> type[Strict]:
     return create_model(f"{tier}_settings", __base__=Directory if tier == "directory" else Strict, **fields)
 
 
-def expand(name: str) -> list[str]:
-    """`mail[08:10]` → mail08, mail09, mail10; a name without a range stays as it is."""
-    match = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
-    if not match:
-        return [name]
-    head, first, last = match.groups()
-    return [f"{head}{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-
-
 def _with_standard_classes(value: Any) -> Any:
     """`mail` and `lb` exist without being named, and keep their tiers where a site describes only their machines."""
     if not isinstance(value, dict):
@@ -344,7 +251,7 @@ class Site(Strict):
         return ",".join(f"dc={label}" for label in self.domain.split("."))
 
     @cached_property
-    def _places(self) -> list[tuple[str, str, int]]:
+    def places(self) -> list[tuple[str, str, int]]:
         """Every node in the order of the site file: (its key there, its name, its address; 0 where none is left)."""
         given = [(key, entry.address, expand(key)) for key, entry in self.node_entries.items()]
         fixed = {int(address) + i for _, address, names in given if address for i in range(len(names))}
@@ -361,8 +268,8 @@ class Site(Strict):
     def nodes(self) -> dict[str, Node]:
         """All nodes by name, in the order of the site file."""
         nodes = {}
-        macs = {name: mac for _, name, mac in self._macs}
-        for key, name, address in self._places:
+        macs = {name: mac for _, name, mac in self.macs}
+        for key, name, address in self.places:
             klass = self.node_entries[key].klass
             carried = self.classes[klass].tiers if klass in self.classes else []
             nodes[name] = Node(
@@ -378,7 +285,7 @@ class Site(Strict):
         return nodes
 
     @property
-    def _macs(self) -> list[tuple[str, str, str]]:
+    def macs(self) -> list[tuple[str, str, str]]:
         """Every MAC address: (the node's key in the site file, its name, the address)."""
         return [
             (key, name, mac)
@@ -388,9 +295,10 @@ class Site(Strict):
 
     def least_disk_gib(self, klass: str) -> float:
         """How large a disk of a node of this class must be: as the site says, or as large as its file systems are."""
-        return self.classes[klass].install.disk.min_gib or self._file_systems_gib(self.classes[klass])
+        return self.classes[klass].install.disk.min_gib or self.file_systems_gib(self.classes[klass])
 
-    def _file_systems_gib(self, entry: NodeClass) -> float:
+    def file_systems_gib(self, entry: NodeClass) -> float:
+        """How much room the file systems of a node of a class take."""
         srv = self.lab.srv_mib / 1024 if self.lab else entry.disk_gib
         return srv if entry.install.method == "diskless" else entry.install.root_gib + BOOT_GIB + srv
 
@@ -456,256 +364,11 @@ class Site(Strict):
                 )
         return rules
 
-    def problems(self, broken: Set[str] = frozenset()) -> Iterator[Problem]:
-        """What is wrong between the parts of the site; each part by itself is already known to be sound.
-
-        broken: top-level keys of the site file below which something had to be left out. What leans on them is not
-        looked at, for it would only echo what is wrong there.
-        """
-        checks = {
-            self._network_problems: {"network", "vips", "lab"},
-            self._class_problems: {"classes"},
-            self._node_problems: {"network", "classes", "nodes"},
-            self._machine_problems: {"classes", "nodes", "lab"},
-            self._provision_problems: {"network", "vips", "provision"},
-            self._name_problems: {"domains", "vips", "classes", "nodes", "stores"},
-            self._provider_problems: {"classes", "nodes", "directory"},
-            self._store_problems: {"network", "classes", "nodes", "stores"},
-            self._cluster_problems: {"classes", "nodes", "cluster"},
-        }
-        for check, leans_on in checks.items():
-            if not leans_on & broken:
-                yield from check()
-
-    def _network_problems(self) -> Iterator[Problem]:
-        net = self.network
-        ranges = {"nodes": net.nodes, "stores": net.stores}
-        edges = {net.cidr.network, net.cidr.broadcast} - {None}
-        for name, addresses in ranges.items():
-            if addresses not in net.cidr:
-                yield ("network", name), f"{addresses} is not inside {net.cidr}; choose addresses of that network"
-            for edge in sorted(edge for edge in edges if edge in addresses):
-                yield ("network", name), f"{addresses} takes in {edge}, which no machine may have; leave it out"
-        if net.nodes.first <= net.stores.last and net.stores.first <= net.nodes.last:
-            yield ("network", "stores"), f"{net.stores} overlaps nodes ({net.nodes}); give each a range of its own"
-        here: dict[Place, Any] = {("network", "controller"): net.controller}
-        if net.gateway:
-            here["network", "gateway"] = net.gateway
-        vips: dict[Place, Any] = {("vips", name): address for name, address in self.vips.items()}
-        resolvers: dict[Place, Any] = {
-            ("network", "resolvers", str(i)): address for i, address in enumerate(net.resolvers)
-        }
-        for place, address in (here | vips).items():
-            if address not in net.cidr:
-                yield place, f"{address} is not inside {net.cidr}; choose an address of that network"
-            elif address in edges:
-                yield place, f"{address} is one that no machine in {net.cidr} may have; choose another"
-        for place, address in (here | vips | resolvers).items():
-            for name, addresses in ranges.items():
-                if address in addresses:
-                    yield place, f"{address} lies in network.{name} ({addresses}); choose one outside of it"
-        for place, vip in vips.items():
-            for other, address in (here | resolvers).items():
-                if vip == address:
-                    yield place, f"{vip} is {'.'.join(other)} already; choose a free address"
-        for i, domain in enumerate(self.domains):
-            if domain in self.domains[:i]:
-                yield ("domains", str(i)), f"{domain} stands in the list twice; keep one"
-        if self.lab:
-            yield from self._lab_problems(self.lab)
-
-    def _lab_problems(self, lab: Lab) -> Iterator[Problem]:
-        if lab.outside in self.network.cidr or self.network.cidr in lab.outside:
-            yield (
-                ("lab", "outside"),
-                f"{lab.outside} overlaps network.cidr ({self.network.cidr}); choose another network",
-            )
-        if lab.outside.prefixlen > 28:
-            yield ("lab", "outside"), f"{lab.outside} is too small for the rest of the world; a /28 is the least"
-        for i, address in enumerate(self.network.resolvers):
-            if address != self.network.controller:
-                yield (
-                    ("network", "resolvers", str(i)),
-                    f"in the lab only the controller answers DNS; write {self.network.controller}",
-                )
-        for i, address in enumerate(lab.listed):
-            if address not in lab.outside:
-                yield (
-                    ("lab", "listed", str(i)),
-                    f"{address} is not in lab.outside ({lab.outside}); choose one of that network",
-                )
-
-    def _class_problems(self) -> Iterator[Problem]:
-        for klass, entry in self.classes.items():
-            place = ("classes", klass, "tiers")
-            for tier in entry.tiers:
-                for needed, why in roles.NEEDS.get(tier, {}).items():
-                    if needed not in entry.tiers:
-                        yield place, f"{tier} needs {needed} on the same node ({why}); add {needed}"
-                for other, why in roles.CONFLICTS.get(tier, {}).items():
-                    if other in entry.tiers:
-                        yield place, f"{tier} and {other} cannot share a node ({why}); give each a class of its own"
-            for tier, times in Counter(entry.tiers).items():
-                if times > 1:
-                    yield place, f"{tier} is listed twice; list it once"
-            # Groups of nodes are called after classes and after tiers; of one name there can be only one group.
-            if klass in roles.TIERS and klass not in ("base", *entry.tiers):
-                yield (
-                    ("classes", klass),
-                    f"{klass} is the name of a tier that this class does not carry; call it otherwise",
-                )
-
-    def _node_problems(self) -> Iterator[Problem]:
-        net = self.network
-        seen: dict[str, str] = {}
-        owners: dict[int, str] = {}
-        for key, entry in self.node_entries.items():
-            if entry.klass not in self.classes:
-                yield ("nodes", key, "class"), f"no class {entry.klass!r}; {did_you_mean(entry.klass, self.classes)}"
-        full = False
-        for key, name, address in self._places:
-            place = ("nodes", key)
-            if name in seen:
-                yield place, f"{name} is named by {seen[name]!r} already; name every node once"
-            elif not address:
-                full = True
-            elif not net.nodes.first <= address <= net.nodes.last:
-                where = IPAddress(address) if address < 2**32 else "an address beyond the last one there is"
-                yield place, f"{name}: {where} is not in network.nodes ({net.nodes}); choose one that is, or widen it"
-            elif address in owners:
-                yield place, f"{name}: {IPAddress(address)} is {owners[address]}'s already; choose a free one"
-            seen.setdefault(name, key)
-            owners.setdefault(address, name)
-        if full:
-            count = len(self._places)
-            reason = (
-                f"{net.nodes} holds {net.nodes.size} nodes, and this site has {count}: no address is left; widen it"
-            )
-            yield ("network", "nodes"), reason
-        carried = {tier for tiers in self._tiers_of.values() for tier in tiers}
-        lacking = [tier for tier in roles.TIERS[1:] if tier not in carried]
-        if lacking:
-            yield ("nodes",), f"no node carries {', '.join(lacking)}; add nodes of a class that does"
-
-    def _machine_problems(self) -> Iterator[Problem]:
-        for name, klass in self.classes.items():
-            yield from klass.install.problems(("classes", name, "install"), self._file_systems_gib(klass))
-        owners: dict[str, str] = {}
-        for key, entry in self.node_entries.items():
-            count = len(expand(key))
-            if entry.mac is not None and len(entry.mac) != count:
-                reason = f"addresses of {len(entry.mac)} machines for {count} of them"
-                yield ("nodes", key, "mac"), f"{reason}; give one for each, in their order"
-        for key, name, mac in self._macs:
-            if mac in owners:
-                reason = f"{mac} is {owners[mac]}'s already; look at the machine's label, or at `ip link`"
-                yield ("nodes", key, "mac"), f"{name}: {reason}"
-            owners.setdefault(mac, name)
-
-    def _provision_problems(self) -> Iterator[Problem]:
-        net, guests = self.network, self.provision.guests
-        place = ("provision", "guests")
-        if self.provision.http_port == self.provision.https_port:
-            yield ("provision", "https_port"), f"{self.provision.https_port} is http_port as well; choose another"
-        if not guests:
-            return
-        if self.provision.dhcp == "proxy":
-            yield place, "with `dhcp: proxy` the other server gives the addresses; leave it out"
-        if guests not in net.cidr:
-            yield place, f"{guests} is not inside {net.cidr}; choose addresses of that network"
-        for name, taken in {"nodes": net.nodes, "stores": net.stores}.items():
-            if guests.first <= taken.last and taken.first <= guests.last:
-                yield place, f"{guests} overlaps network.{name} ({taken}); give it a range of its own"
-        single = {f"vips.{name}": address for name, address in self.vips.items()}
-        single |= {f"network.resolvers.{i}": address for i, address in enumerate(net.resolvers)}
-        single |= {"network.controller": net.controller}
-        single |= {"network.gateway": net.gateway} if net.gateway else {}
-        for name, address in single.items():
-            if address in guests:
-                yield place, f"{guests} takes in {address}, which is {name}; leave it out"
-        for address in (net.cidr.network, net.cidr.broadcast):
-            if address and address in guests:
-                yield place, f"{guests} takes in {address}, which no machine may have; leave it out"
-
-    def _name_problems(self) -> Iterator[Problem]:
-        taken = RESERVED | dict.fromkeys(roles.TIERS, "a tier's") | dict.fromkeys(self.classes, "a class's")
-        taken |= dict.fromkeys(self.vips, "a VIP's") | dict.fromkeys(self.store_entries, "a store's")
-        taken |= {f"ns{i}": "a resolver's" for i in range(1, len(self.network.resolvers) + 1)}
-        for key, name, _ in self._places:
-            if name in taken:
-                yield (
-                    ("nodes", key),
-                    f"the name {name} is {taken[name]}; call the node otherwise, for instance {name}-1",
-                )
-        for name in RESERVED.keys() & self.classes.keys():
-            yield ("classes", name), f"the name {name} is {RESERVED[name]}; call the class otherwise"
-        longest = max((name for _, name, _ in self._places), key=len)
-        if len(f"{longest}.{self.domain}") > LONGEST_FQDN:
-            reason = f"{longest}.{self.domain} is longer than the {LONGEST_FQDN} characters that a host's name may have"
-            yield ("domains", "0"), f"{reason}; put a shorter domain first, which then names the nodes"
-
-    def _provider_problems(self) -> Iterator[Problem]:
-        place = ("directory", "providers")
-        for name in dict.fromkeys(self.directory.providers):
-            if name not in self._tiers_of:
-                yield place, f"no node {name!r}; {did_you_mean(name, self._tiers_of)}"
-            elif "directory" not in self._tiers_of[name]:
-                yield place, f"{name} does not carry the tier directory; choose another node or add the tier"
-            if self.directory.providers.count(name) > 1:
-                yield place, f"{name} is listed twice; list each node once"
-
-    def _store_problems(self) -> Iterator[Problem]:
-        space = self.network.stores
-        spares = {name for key, name, _ in self._places if self.node_entries[key].spare}
-        numbers: dict[int, str] = {}
-        for name, entry in self.store_entries.items():
-            number = int(name[1:])
-            if number in numbers:
-                yield ("stores", name), f"{numbers[number]} has the same number; give each store a number of its own"
-            numbers[number] = name
-            if not 1 <= number <= space.size:
-                reason = f"network.stores ({space}) has addresses for s01 to s{space.size:02d}"
-                yield ("stores", name), f"{reason}; widen it, or choose one of those"
-            for role, member in [
-                ("primary", entry.primary),
-                *(("replicas", name) for name in dict.fromkeys(entry.replicas)),
-            ]:
-                if member not in self._tiers_of:
-                    yield ("stores", name, role), f"no node {member!r}; {did_you_mean(member, self._tiers_of)}"
-                elif "store" not in self._tiers_of[member]:
-                    yield ("stores", name, role), f"{member} does not carry the tier store; choose a node that does"
-                elif member in spares:
-                    reason = f"{member} is a spare, which holds no store"
-                    fix = f"take `spare: true` from its line, then run: posthouse expand {member}"
-                    yield ("stores", name, role), f"{reason}; {fix}"
-                if entry.replicas.count(member) > 1:
-                    yield ("stores", name, role), f"{member} is listed twice; list each node once"
-            if entry.primary in entry.replicas:
-                reason = f"{entry.primary} is the store's primary; a replica there dies with it: choose another node"
-                yield ("stores", name, "replicas"), reason
-
-    def _cluster_problems(self) -> Iterator[Problem]:
-        if self.cluster is None:
-            return
-        place, members = ("cluster", "members"), self.cluster.members
-        for name in dict.fromkeys(members):
-            if name not in self._tiers_of:
-                yield place, f"no node {name!r}; {did_you_mean(name, self._tiers_of)}"
-            elif "store" not in self._tiers_of[name]:
-                yield place, f"{name} does not carry the tier store; choose a node that does"
-            if members.count(name) > 1:
-                yield place, f"{name} is listed twice; list each node once"
-        if len(members) < 3 or len(members) % 2 == 0:
-            yield (
-                place,
-                f"{len(members)} members: a majority of them has to be up; name 3 to spare one, or 5 to spare two",
-            )
-
     @cached_property
-    def _tiers_of(self) -> dict[str, list[str]]:
+    def tiers_of(self) -> dict[str, list[str]]:
         """What each node carries; everything, if its class is unknown: that is one problem and not many."""
         tiers = {name: entry.tiers for name, entry in self.classes.items()}
-        return {name: tiers.get(self.node_entries[key].klass, [*roles.TIERS]) for key, name, _ in self._places}
+        return {name: tiers.get(self.node_entries[key].klass, [*roles.TIERS]) for key, name, _ in self.places}
 
 
 @cache

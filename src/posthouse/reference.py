@@ -14,16 +14,16 @@ import typer
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from posthouse import machines, model, roles
+from posthouse import machines, model, roles, values
 
 FOLDER = roles.ROOT / "docs" / "reference"
 MADE = "<!-- Made by `posthouse docs`; edit what it describes instead. -->\n"
 
 PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "value"}
 PARSED = {
-    model._ip: "address",
-    model._cidr: "network",
-    model._range: "range of addresses, `FIRST-LAST`",
+    values._ip: "address",
+    values._cidr: "network",
+    values._range: "range of addresses, `FIRST-LAST`",
     machines._macs: "MAC address, or a list of them",
 }
 

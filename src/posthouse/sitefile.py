@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from posthouse import PosthouseError, roles
-from posthouse.model import NAME, Site, site_model
+from posthouse import PosthouseError, roles, soundness
+from posthouse.model import Site, site_model
 from posthouse.strict import Document, NotYaml, problems
+from posthouse.values import NAME
 
 INVENTORY = roles.ROOT / "inventory"
 
@@ -56,9 +57,9 @@ def parse(text: str, path: Path = Path("site.yml")) -> Site:
         # Look at the rest as well: what does not fit its type is left out, and what then stands is checked.
         broken = {str(details["loc"][0]) for details in error.errors() if details["type"] != "extra_forbidden"}
         with suppress(ValidationError):  # or too little is left to say more
-            found += model.model_validate(document.without(error)).problems(broken)
+            found += soundness.problems(model.model_validate(document.without(error)), broken)
         raise SiteError(path, document.text(found)) from None
-    found += site.problems()
+    found += soundness.problems(site)
     if path.parent.name not in ("", site.name):
         found.append((("name",), f"is {site.name!r} in the folder {path.parent.name!r}; give both the same name"))
     if found:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from posthouse import accounts
+from posthouse import account_import, accounts
 from posthouse.accounts import AccountError, Accounts, Placement, Wish
 from posthouse.directory import Account
 from posthouse.model import Store
@@ -136,12 +136,12 @@ HEADER = ["address", "name", "password"]
 
 
 def test_row() -> None:
-    row = accounts._row(HEADER, b'alice@lab.test ,"Alice, ""Ally""", pass word \r\n')
+    row = account_import._row(HEADER, b'alice@lab.test ,"Alice, ""Ally""", pass word \r\n')
     assert row == {"address": "alice@lab.test", "name": 'Alice, "Ally"', "password": " pass word "}
 
 
 def test_row_without_values() -> None:
-    assert accounts._row(HEADER, b"alice@lab.test,,\n") == {"address": "alice@lab.test"}
+    assert account_import._row(HEADER, b"alice@lab.test,,\n") == {"address": "alice@lab.test"}
 
 
 @pytest.mark.parametrize(
@@ -156,30 +156,30 @@ def test_row_without_values() -> None:
 )
 def test_row_refused(line: bytes, reason: str) -> None:
     with pytest.raises(AccountError, match=reason):
-        accounts._row(HEADER, line)
+        account_import._row(HEADER, line)
 
 
 def test_header(tmp_path) -> None:
-    assert accounts._header(tmp_path, b"\xef\xbb\xbfAddress, Password\r\n") == ["address", "password"]
+    assert account_import._header(tmp_path, b"\xef\xbb\xbfAddress, Password\r\n") == ["address", "password"]
 
 
 @pytest.mark.parametrize("line", [b"", b"\n", b"address,adress\n", b"name,password\n", b"address,address\n", b"\xff\n"])
 def test_header_refused(tmp_path, line: bytes) -> None:
     with pytest.raises(AccountError, match="line 1"):
-        accounts._header(tmp_path, line)
+        account_import._header(tmp_path, line)
 
 
 def test_numbers() -> None:
-    assert accounts._number("quota", "10") == 10
-    assert accounts._number("quota", None) is None
+    assert account_import._number("quota", "10") == 10
+    assert account_import._number("quota", None) is None
     for text in ("1.5", "ten", "1e3", "١", "9" * 20, ""):
         with pytest.raises(AccountError, match="quota"):
-            accounts._number("quota", text)
+            account_import._number("quota", text)
 
 
 def test_several_addresses_in_one_field() -> None:
-    assert accounts._several("a@x.test; b@x.test c@x.test;") == ("a@x.test", "b@x.test", "c@x.test")
-    assert accounts._several(None) is None
+    assert account_import._several("a@x.test; b@x.test c@x.test;") == ("a@x.test", "b@x.test", "c@x.test")
+    assert account_import._several(None) is None
 
 
 @pytest.mark.parametrize("text", ["{ARGON2}$argon2id$v=19$m=8,t=2,p=1$c2Fs$aGFzaA", "{SSHA512}AAAA", "{CRYPT}$6$x$y"])

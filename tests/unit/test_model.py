@@ -1,6 +1,7 @@
 from posthouse import roles
-from posthouse.model import Site, expand
+from posthouse.model import Site
 from posthouse.sitefile import load, parse
+from posthouse.values import expand
 
 
 def test_expand() -> None:

@@ -115,12 +115,14 @@ def hub(site: Site, secrets: Secrets) -> None:
 
 
 def provide(site: Site) -> None:
-    """Starts `posthouse provision serve` in the lab, unless it runs, and waits until it answers. Raises LabError."""
+    """Has `posthouse provision serve` run in the lab for this very site; waits until it answers. Raises LabError."""
     layout = Layout(site.name)
     group = layout.services / "provision"
     file = layout.state / "provision.log"
-    if not processes.running(group):
+    served, wanted = layout.state / "provision.site", site.model_dump_json()
+    if not processes.running(group) or (served.exists() and served.read_text() != wanted):
         processes.end(group)
+        served.write_text(wanted)
         processes.spawn(group, [sys.executable, "-m", "posthouse", "provision", "serve", site.name], file)
     port = site.provision.https_port
     complaint = f"{site.name}: provision serve does not answer; {file} says why"
@@ -328,12 +330,15 @@ def _bring_machine(layout: Layout, site: Site, efi: bool, name: str) -> tuple[st
     """Brings one machine up, installed if it is a new one: (its name, what had to be done)."""
     node = site.nodes[name]
     outcome = "kept"
-    if not nodes.healthy(layout, name):
+    records = Records(site)
+    # One that stands there refused is switched off and on: what it was refused for may be mended by now.
+    if not nodes.healthy(layout, name) or records.read(name).reason:
         known = machine.load(layout, name)
         outcome = "started" if known else "made"
+        with records.change(name) as record:
+            record.reason = ""
         power_on(site, name, None if known else hardware(site, name, efi))
     deadline = time.monotonic() + INSTALL_SECONDS
-    records = Records(site)
     while not (record := records.read(name)).installed:
         if record.reason or time.monotonic() > deadline or not nodes.healthy(layout, name):
             reason = record.reason or f"it went no further than: {record.phase}"
