@@ -15,7 +15,6 @@ from posthouse.model import Site
 # In this order: what is quick and needs nothing first, what disturbs the lab last. True: needs a deployed lab.
 # `vm` makes a small lab of its own, once the other is down.
 SUITES = {"unit": False, "cases": False, "render": False, "verify": True, "modules": True, "lab": True, "vm": False}
-LONG = {"vm"}  # part of `posthouse test` with --full, or by name: emulated machines take their time
 SITE = "lab"
 
 
@@ -24,7 +23,7 @@ def test(wanted: list[str], full: bool) -> int:
     unknown = set(wanted) - set(SUITES)
     if unknown:
         raise SystemExit(f"posthouse: no such suite: {', '.join(sorted(unknown))}; the suites are {', '.join(SUITES)}")
-    suites = [suite for suite in SUITES if suite in (wanted or (set(SUITES) if full else set(SUITES) - LONG))]
+    suites = [suite for suite in SUITES if suite in (wanted or SUITES)]
     counts = {"passed": 0, "failed": 0}
     needs_lab = [suite for suite in suites if SUITES[suite]]
     apart(lambda: lab.ensure_requirements() is not None)  # tests of what needs no lab use its programs too
