@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -378,9 +379,17 @@ def bench_provision(site: SiteName = "lab", as_json: Json = False) -> None:
         console.print("{nodes} nodes as containers: {seconds} s".format(**result["containers"]))
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point: errors are one sentence that names the place, the reason and the fix."""
     started = time.monotonic()
+    # Who ends a command, or hangs up, means what Ctrl-C means: service is put back, and labs are cleared away.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # under nohup
+            signal.signal(number, _interrupt)
     try:
         app()
     except PosthouseError as error:

@@ -172,6 +172,10 @@ class Directory:
         store, since = found[0]["posthouseMovedFrom"][0].split()
         return store, int(since)
 
+    def unsettled(self) -> dict[str, str]:
+        """Accounts of whose mailbox a former copy is left, each with the store that it is on. Raises DirectoryError."""
+        return {found.address: found.store for found in map(self.account, self._pages("(posthouseMovedFrom=*)", READ))}
+
     def settled(self, address: str) -> None:
         """Notes that no former copy is left. Raises DirectoryError."""
         self._ask(lambda c: c.modify(self._dn(address), {"posthouseMovedFrom": [(ldap3.MODIFY_REPLACE, [])]}))

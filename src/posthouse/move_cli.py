@@ -59,8 +59,9 @@ def rebalance(
     stores, free = rebalancing.loads(loaded, kept, Remote(loaded), empty or ())
     steps = rebalancing.plan(stores, free, by)  # type: ignore[arg-type]
     with Mover(loaded, kept, _progress) as mover:
-        _act(mover, mover.plan_all(rebalancing.targets(steps)), parallel, rate, check, as_json)
-    if not steps and not as_json:
+        moves = mover.plan_rest(rebalancing.targets(steps))
+        _act(mover, moves, parallel, rate, check, as_json)
+    if not moves and not as_json:
         console.print("every store is within a tenth of its share; nothing to do")
 
 
@@ -68,6 +69,8 @@ def _act(mover: Mover, moves: list[Move], parallel: int, rate: float | None, che
     if check:
         _show_plan(moves, as_json)
         return
+    for move in moves:
+        print(f"{move.address}: {'; '.join(move.steps) or 'is there already'}", file=sys.stderr, flush=True)
     done = mover.run(moves, parallel, rate)
     there = [move.address for move in moves if not move.steps]
     if as_json:

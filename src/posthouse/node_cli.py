@@ -74,6 +74,8 @@ def upgrade(
     """Install new packages node by node, each drained, restarted and verified. Refuses what was not rehearsed."""
     from posthouse.ops import upgrade as module
 
+    if rehearse and nodes:
+        raise typer.BadParameter("a rehearsal is of the whole site; leave the nodes out")
     if rehearse:
         operate(site, as_json, lambda loaded: module.rehearse(loaded, check))
     else:

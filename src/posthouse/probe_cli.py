@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -57,12 +57,15 @@ def probe(
     rates = Rates(smtp, submission, imap, pop, sieve, sessions)
     rates.check()
     run.reach(loaded)
-    with closing(Ledger(record)) as ledger:
+    # Accounts of its own get new passwords, which would lock another one out.
+    alone = nullcontext() if people else run.exclusive(loaded, "probe")
+    with alone, closing(Ledger(record)) as ledger:
         persons = read_people(loaded, people) if people else made_people(loaded, each)
         made = Probe(loaded, persons, rates, ledger, count, patience)
         with _outside(made.platform) as outside, Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("probing", total=seconds)
-            with made:
+            # Stopped early it tells what it has seen so far.
+            with suppress(KeyboardInterrupt), made:
                 started = time.monotonic()
                 while (gone := time.monotonic() - started) < seconds and made.running:
                     good = sum(kind.taken for kind in made.kinds.values())

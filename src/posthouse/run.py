@@ -38,11 +38,11 @@ def reach(site: Site) -> Path:
 
 
 @contextmanager
-def exclusive(site: Site) -> Iterator[None]:
-    """Holds the site's lock on this controller; raises Busy with the holder's name if it is taken."""
+def exclusive(site: Site, name: str = "lock") -> Iterator[None]:
+    """Holds the site's lock on this controller, or another one of that name; raises Busy if it is taken, naming who."""
     folder = inventory.RUNTIME / site.name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
+    with (folder / name).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -62,6 +62,7 @@ def all_well_but(site: Site, told: dict[str, Any]) -> state.State:
         "answers": answers,
         "deployed": told.get("deployed", answers),
         "drained": drained,
+        "upgrading": told.get("upgrading", []),
         "late": told.get("late", []),
         "filling": told.get("filling", {}),
         "primaries": {name: store.primary for name, store in site.stores.items()} | told.get("primaries", {}),

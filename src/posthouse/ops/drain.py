@@ -125,15 +125,30 @@ def plan_undrain(site: Site, have: State, node: str, switch: bool = True) -> lis
 class Drains:
     """Drains and undrains nodes of a site: the actions, and what is put back when one fails."""
 
-    def __init__(self, site: Site, remote: Remote, wait: int = 60) -> None:
-        self.site, self.remote, self.wait = site, remote, wait
+    def __init__(self, site: Site, remote: Remote, wait: int = 60, purpose: str | None = None) -> None:
+        self.site, self.remote, self.wait, self.purpose = site, remote, wait, purpose
         # Without a cluster nothing can hand a store over, and it stays where it is.
         self.movable = site.cluster is not None
 
     def drain(self, node: str, check: bool = False) -> dict[str, Any]:
         """Takes a node out of service. Raises Refused, Stopped. Returns the report of `carry_out`."""
         steps = plan(self.site, state.read(self.site, self.remote), node, self.movable)
+        stores = [step.what.split()[0] for step in steps if step.do == "switch"]
+        self._need_copies(stores, 0 if check else IN_SYNC_SECONDS)
         return carry_out(f"drain {node}", steps, self._actions, check, self._put_back)
+
+    def _need_copies(self, stores: list[str], seconds: float) -> None:
+        """Waits until each store has a replica that could take over; refuses if that takes longer."""
+        deadline = time.monotonic() + seconds
+        while stores:
+            states = failover.states(self.site, self.remote)
+            stores = [name for name in stores if not states[name].in_sync]
+            if stores and time.monotonic() > deadline:
+                raise Refused(
+                    f"{stores[0]}: no replica has all of it now; see: posthouse stores {self.site.name}; run this "
+                    "again when one is in sync; nothing was changed"
+                )
+            time.sleep(min(seconds, 1))
 
     def undrain(self, node: str, check: bool = False) -> dict[str, Any]:
         """Puts a node back into service. Raises Refused, Stopped. Returns the report of `carry_out`."""
@@ -155,6 +170,8 @@ class Drains:
 
     def _mark(self, step: Step) -> None:
         data = {"state": "drained", "since": time.strftime("%FT%T%z"), "by": getpass.getuser()}
+        if self.purpose:
+            data["for"] = self.purpose
         state.mark(self.remote, step.node, data)
 
     def _hand_over(self, step: Step) -> str:

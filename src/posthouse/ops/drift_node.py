@@ -46,12 +46,12 @@ def main(given: dict[str, Any]) -> None:
 
 
 def run(*argv: str, text: str = "") -> str:
-    """What a command prints; nothing if it fails, or hangs."""
+    """What a command prints; nothing if it fails, hangs, or is not there."""
     try:
         done = subprocess.run(
             argv, input=text, capture_output=True, text=True, errors="replace", timeout=20, check=True
         )
-    except subprocess.SubprocessError:
+    except (subprocess.SubprocessError, OSError):
         return ""
     return done.stdout
 

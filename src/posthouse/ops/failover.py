@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from posthouse import PosthouseError
 from posthouse.model import Site
 from posthouse.remote import Remote, RemoteError
 from posthouse.strict import did_you_mean
+
+log = logging.getLogger(__name__)
 
 KEEPER = "/usr/local/lib/posthouse/store-keeper"
 # s within which a store must be served where it was moved to.
@@ -146,6 +149,7 @@ def failback(site: Site, stores: Iterable[str], check: bool = False, remote: Rem
 
 
 def _act(site: Site, remote: Remote, step: Step) -> None:
+    log.info("%s", step.text)
     try:
         if step.force:
             remote.run(step.target, f"{KEEPER} force {step.store}", timeout=60)

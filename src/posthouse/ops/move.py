@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import imaplib
 import re
+import resource
 import shlex
 import threading
 import time
@@ -141,6 +142,10 @@ class Mover:
             raise MoveError(f"no store {target!r} in this site; the stores are {', '.join(self.site.stores)}")
         return self.plan_all(dict.fromkeys(addresses, target))
 
+    def plan_rest(self, targets: dict[str, str]) -> list[Move]:
+        """As `plan_all`, and to finish the moves that were killed, whatever they were."""
+        return self.plan_all(self._directory.unsettled() | targets)
+
     def plan_all(self, targets: dict[str, str]) -> list[Move]:
         """The same with a store for each account."""
         moves = [self._plan(address, target) for address, target in targets.items()]
@@ -180,6 +185,8 @@ class Mover:
         An account that fails is still where it was, or a rerun finishes it; the others go on. Raises nothing.
         """
         pace = _Pace(rate)
+        # A file is open for each account.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
         with (
             contextlib.ExitStack() as held,
             ThreadPoolExecutor(parallel) as movers,
@@ -190,9 +197,14 @@ class Mover:
                 held.enter_context(self._alone(move.address))
             running = [movers.submit(self._guarded, move, pace) for move in todo]
             ending = []
-            for future in as_completed(running):
-                moved, due = future.result()
-                ending.append(last.submit(self._ended, moved, due))
+            try:
+                for future in as_completed(running):
+                    moved, due = future.result()
+                    ending.append(last.submit(self._ended, moved, due))
+            except KeyboardInterrupt:
+                # Accounts that are on their way arrive, no other is begun; a rerun lets go of former copies.
+                movers.shutdown(wait=False, cancel_futures=True)
+                raise
             return [future.result() for future in ending]
 
     def _guarded(self, move: Move, pace: _Pace) -> tuple[Moved, float | None]:

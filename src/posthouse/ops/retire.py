@@ -87,8 +87,9 @@ def plan(
     if node not in have.drained:
         drain.plan(site, have, node)
         steps.append(Step("drain", node, "take it out of service"))
-    if node in cluster:
-        new = [name for name in quorum.members(site) if name not in cluster]
+    new = [name for name in quorum.members(site) if name not in cluster]
+    # Where it was killed between the two, the cluster has forgotten the one and does not know the other yet.
+    if node in cluster or len(new) == 1:
         if len(new) != 1:
             raise Refused(
                 f"cluster.members: one node has to take the place of {node}, and new in site.yml are "

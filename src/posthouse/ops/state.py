@@ -21,6 +21,7 @@ FILLING = "/var/lib/posthouse/filling"
 
 _QUESTIONS = f"""
 test -e {MARK} && echo drained yes
+grep -qs '"for": "upgrade"' {MARK} && echo upgrading yes
 test -e /var/lib/posthouse/generation.json && echo deployed yes
 test -e {FILLING} && echo filling $(cat {FILLING})
 ip -4 -o address | sed -n 's/.* inet \\([0-9.]*\\).*/address \\1/p'
@@ -42,6 +43,7 @@ class State:
     answers: frozenset[str] = frozenset()  # nodes that can be reached
     deployed: frozenset[str] = frozenset()  # nodes that were converged at least once
     drained: frozenset[str] = frozenset()
+    upgrading: frozenset[str] = frozenset()  # those of them that an upgrade has drained, and has not put back
     primaries: dict[str, str] = field(default_factory=dict)  # store → the node that has its address
     late: frozenset[tuple[str, str]] = frozenset()  # (store, node): a replica that lacks something for a minute
     vip: str = ""  # the node that has the VIP
@@ -91,7 +93,7 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
     """The state that the nodes' answers tell of; None stands for a node that did not answer."""
     stores = {store.address: store.name for store in site.stores.values()}
     vip = str(site.vips["mail"])
-    flags: dict[str, set[str]] = {"drained": set(), "deployed": set()}
+    flags: dict[str, set[str]] = {"drained": set(), "upgrading": set(), "deployed": set()}
     primaries, holder, late, free, filling = {}, "", set(), {}, {}
     pools: dict[str, dict[str, dict[str, str]]] = {}
     for node, text in answers.items():
@@ -117,6 +119,7 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
         answers=frozenset(node for node, text in answers.items() if text is not None),
         deployed=frozenset(flags["deployed"]),
         drained=frozenset(flags["drained"]),
+        upgrading=frozenset(flags["upgrading"]),
         primaries=primaries,
         late=frozenset(late),
         vip=holder,
@@ -138,7 +141,7 @@ def need_answers(state: State, nodes: Iterable[str]) -> None:
 
 def from_data(data: dict[str, Any]) -> State:
     """A state written down as plain data, as test cases and reports have it."""
-    sets = {key: frozenset(data.get(key, ())) for key in ("answers", "deployed", "drained")}
+    sets = {key: frozenset(data.get(key, ())) for key in ("answers", "deployed", "drained", "upgrading")}
     sets["late"] = frozenset((store, node) for store, node in data.get("late", ()))
     return State(**{**data, **sets})
 

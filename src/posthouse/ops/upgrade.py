@@ -116,27 +116,30 @@ def plan(
     """The steps of a rolling upgrade; none if no package is to be had. now: the site's digest. Raises Refused."""
     state.known(site, *nodes)
     state.need_answers(have, site.nodes)
-    outside = sorted(have.drained)
+    outside = sorted(have.drained - have.upgrading)
     if outside:
         raise Refused(
             f"{outside[0]}: is drained already, and one node at a time is out of service; put it back first: "
             f"posthouse undrain {outside[0]}; nothing was changed"
         )
-    wanted = [name for name in order(have, nodes or site.nodes) if updates.get(name)]
-    if wanted and (reason := differs(updates, now, rehearsed)):
+    # One that an upgrade was at when it ended is finished first, also if it has got its packages by now.
+    wanted = [name for name in order(have, nodes or site.nodes) if updates.get(name) and name not in have.upgrading]
+    wanted = [*sorted(have.upgrading), *wanted]
+    if any(updates.values()) and (reason := differs(updates, now, rehearsed)):
         raise Refused(
             f"{site.name}: {reason}; run: posthouse upgrade --rehearse --site {site.name}; nothing was changed"
         )
     for name in wanted:
         drain_plan(site, have, name)
-    return [step for name in wanted for step in _of_node(name, updates[name])]
+    return [step for name in wanted for step in _of_node(name, updates.get(name, {}))]
 
 
 def _of_node(node: str, updates: Updates) -> list[Step]:
     some = ", ".join(list(updates)[:3]) + (", …" if len(updates) > 3 else "")
+    packages = f"install {len(updates)} package(s): {some}" if updates else "finish what is half installed"
     return [
         Step("drain", node, "take it out of service"),
-        Step("install", node, f"install {len(updates)} package(s): {some}"),
+        Step("install", node, packages),
         Step("deploy", node, "converge it"),
         Step("restart", node, "restart it"),
         Step("verify", node, "verify all of its tiers"),
@@ -191,12 +194,11 @@ def upgrade(
     """
     state.known(site, *nodes)
     remote = Remote(site)
-    drains = Drains(site, remote, wait)
+    drains = Drains(site, remote, wait, "upgrade")
     have = state.read(site, remote)
     state.need_answers(have, site.nodes)
-    path = record(site)
-    known = rehearsed or (json.loads(path.read_text()) if path.exists() else None)
-    steps = plan(site, have, nodes, available(remote, nodes or site.nodes), digest(site), known)
+    updates = available(remote, {*(nodes or site.nodes), *have.upgrading})
+    steps = plan(site, have, nodes, updates, digest(site), rehearsed or _rehearsal(site))
 
     def put_back(begun: list[Step]) -> str:
         """A node that is not well stays out; one to which nothing was done yet goes back."""
@@ -205,10 +207,10 @@ def upgrade(
             return f"{last.node} was put back, nothing was installed on it"
         if last.do in ("install", "deploy", "restart", "verify"):
             return (
-                f"{last.node} stays out of service, the others serve and are untouched or upgraded; mend it, then: "
-                f"posthouse undrain {last.node}, and run this again"
+                f"{last.node} stays out of service, the others serve and are untouched or upgraded; mend it, and run "
+                "this again: it goes on with this node"
             )
-        return f"run this again, or: posthouse undrain {last.node}"
+        return "running the same command again goes on"
 
     return carry_out(
         f"upgrade {' '.join(nodes) or site.name}",
@@ -224,6 +226,20 @@ def upgrade(
         check,
         put_back,
     )
+
+
+def _rehearsal(site: Site) -> dict[str, Any] | None:
+    """What the last green rehearsal noted; None if there is none. Raises Refused."""
+    path = record(site)
+    try:
+        noted: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise Refused(
+            f"{path}: is damaged; rehearse again: posthouse upgrade --rehearse; nothing was changed"
+        ) from None
+    return noted
 
 
 def clone(site: Site) -> str:
@@ -257,9 +273,9 @@ def rehearse(site: Site, check: bool = False) -> dict[str, Any]:
 
     # Each in a process of its own, for it enters a lab's network: the site's, if that is a lab, or the copy's.
     def start(_: Step) -> None:
-        note.unlink(missing_ok=True)  # only the last one counts
         if not apart(lambda: _noted(site, name)):
             raise Stopped("the site's nodes cannot say which packages they have; see above")
+        note.unlink(missing_ok=True)  # only the last one counts
         copy = sitefile.load(name)
         lab.ensure_requirements()
         lab.down(name)

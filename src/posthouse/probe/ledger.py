@@ -101,7 +101,9 @@ class Ledger:
         """Takes in a file; returns how many of its bytes are whole lines."""
         data = path.read_bytes()
         # What follows the last newline is torn: whoever wrote it died before it went on.
-        whole, newline, _ = data.rpartition(b"\n")
+        whole, newline, torn = data.rpartition(b"\n")
+        if torn and not newline and not torn.startswith(b'{"'):
+            raise LedgerError(f"{path}: is not a ledger; give the file that a probe wrote, or a new one")
         for number, text in enumerate(whole.splitlines(), 1):
             try:
                 line = json.loads(text)
