@@ -72,6 +72,9 @@ def replace(site: Site, remote: Remote, old: str, new: str) -> None:
     helper = next(name for name in members(site) if name != new)
     asked = _ETCDCTL.format(address=site.nodes[helper].address)
     remote.run(helper, _FORGET.format(ctl=asked, address=site.nodes[old].address))
+    # What the others have forgotten ends, and would be started again and again: meanwhile systemd does not look whether
+    # the node is still to run it.
+    remote.run(old, "systemctl stop etcd")
     rejoin(site, remote, new, helper)
 
 
