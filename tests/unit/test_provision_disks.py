@@ -120,6 +120,12 @@ def test_a_mirror_has_each_file_system_on_both_disks_and_starts_from_either():
         ["/dev/nvme0n1p3", "/dev/nvme1n1p3"],
         ["/dev/nvme0n1p4", "/dev/nvme1n1p4"],
     ]
+    for command in created:
+        device = command.split()[2]
+        assert made.commands[made.commands.index(command) + 1 :][:2] == (
+            "udevadm settle",
+            f"wipefs --all --force {device}",
+        )
     assert made.boot_disks == ("/dev/nvme0n1", "/dev/nvme1n1") and len(made.esps) == 2
     assert made.commands[-1].endswith(" /dev/md/4")
 

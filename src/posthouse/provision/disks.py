@@ -175,10 +175,13 @@ def layout(install: Install, disks: Sequence[Disk]) -> Layout:
         for number in (3,) if install.lvm else (3, 4):
             device = f"/dev/md/{number}"
             members = " ".join(partition(name, number) for name in names)
-            commands.append(
-                f"mdadm --create {device} --run --level=1 --raid-devices=2 --metadata=1.2 --homehost=any "
-                f"--name={number} {members}"
-            )
+            commands += [
+                f"mdadm --create {device} --run --level=1 --raid-devices=2 --metadata=1.2 --bitmap=internal "
+                f"--homehost=any --name={number} {members}",
+                "udevadm settle",
+                # An array of the same size has what an older one held, its volumes too.
+                f"wipefs --all --force {device}",
+            ]
             parts[number] = device
     root_id, srv_id = str(uuid.uuid4()), str(uuid.uuid4())
     root, srv = parts[3], parts[4]
