@@ -114,6 +114,18 @@ def test_from_first_boot_to_its_disk(server: Server) -> None:
     )
 
 
+def test_a_machine_that_is_installed_anew_is_not_installed_meanwhile(server: Server) -> None:
+    with server.records.change("lb1") as record:
+        record.finish()
+    provision.arm(server.site, "lb1")
+
+    async def machine(plain: TestClient, _: TestClient) -> None:
+        await boot(plain)
+        assert not server.records.read("lb1").installed
+
+    visit(server, machine)
+
+
 def test_only_the_token_of_the_last_boot_opens_anything(server: Server) -> None:
     async def machine(plain: TestClient, trusted: TestClient) -> None:
         old = await boot(plain)

@@ -45,7 +45,7 @@ class Record:
     disks: list[dict[str, Any]] = field(default_factory=list)  # those that were written, or are being
     layout: dict[str, Any] = field(default_factory=dict)  # how they are divided, by disks.Layout
     begun: bool = False  # their installation was begun and has not ended
-    installed: bool = False
+    installed: bool = False  # by the last boot that installs
     armed: bool = False  # the operator said that what is on the disks may go
     attempts: int = 0
 
@@ -60,6 +60,7 @@ class Record:
         token = random.token_hex(16)
         self.token = _digest(token)
         self.phases, self.phase, self.reason = [], "", ""
+        self.installed = False
         self.attempts += 1
         self.enter("booting")
         return token
