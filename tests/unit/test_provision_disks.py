@@ -109,6 +109,9 @@ def test_a_plain_disk_has_both_boot_loaders_root_and_srv():
     table = next(command for command in made.commands if "sfdisk" in command)
     assert "size=3072MiB" in table and table.endswith("/dev/nvme0n1")
     assert (made.root, made.srv, made.esps) == ("/dev/nvme0n1p3", "/dev/nvme0n1p4", ("/dev/nvme0n1p2",))
+    # /dev/nvme0n1?* would be another namespace's, and /dev/sda?* another disk's.
+    assert "wipefs --all --force /dev/nvme0n1p[0-9]* || true" in made.commands
+    assert "wipefs --all --force /dev/sda[0-9]* || true" in layout({"root_gib": 3}, SMALL).commands
     assert made.root_source.startswith("UUID=") and made.root_source[5:] in made.commands[-2]
     assert made.srv_source[5:] in made.commands[-1]
 

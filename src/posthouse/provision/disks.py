@@ -152,8 +152,8 @@ def choose(
     return fitting
 
 
-def partition(disk: str, number: int) -> str:
-    """The device of a partition: /dev/vda2, /dev/nvme0n1p2."""
+def partition(disk: str, number: int | str) -> str:
+    """The device of a partition: /dev/vda2, /dev/nvme0n1p2. `number` may be a pattern of the shell's."""
     return f"/dev/{disk}{'p' if disk[-1].isdigit() else ''}{number}"
 
 
@@ -224,7 +224,7 @@ def _emptied(names: Sequence[str]) -> list[str]:
     return [
         "lvm vgchange --activate n || true",  # there may be none
         "mdadm --stop --scan || true",
-        *(f"wipefs --all --force /dev/{name}?* || true" for name in names),
+        *(f"wipefs --all --force {partition(name, '[0-9]*')} || true" for name in names),
         *(f"wipefs --all --force /dev/{name}" for name in names),
     ]
 
