@@ -56,6 +56,12 @@ def test_anything_else_is_refused_with_the_reason(rule, found, reason):
     assert reason in str(refusal.value)
 
 
+def test_memory_may_lack_what_firmware_and_kernel_keep():
+    assert chosen({"memory_gib": 64}, SSD, memory=62.4) == ["nvme0n1"]
+    with pytest.raises(Refused):
+        chosen({"memory_gib": 64}, SSD, memory=60)
+
+
 def test_a_disk_that_holds_something_is_written_if_the_operator_says_so_or_its_installation_was_cut_short():
     assert chosen({}, USED, armed=True) == ["vda"]
     renamed = USED.record() | {"name": "vdb", "holds": ""}

@@ -116,8 +116,8 @@ def choose(
     """
     rule = install.disk
     wanted = 2 if install.mirror else 1
-    # A quarter of a GiB of tolerance: memory that firmware keeps, and disks sold by powers of ten.
-    if found.memory_gib + 0.25 < install.memory_gib:
+    # The kernel counts neither what firmware keeps nor its own table of pages, which is 1/64 of all.
+    if found.memory_gib < install.memory_gib * 0.95 - 0.25:
         raise Refused(
             f"it has {found.memory_gib:.1f} GiB of memory, and its class asks for {install.memory_gib:g}; "
             "add memory, or change install.memory_gib"
