@@ -112,7 +112,7 @@ class Install(Strict):
             yield (*place, "disk", "min_gib"), f"{reason}; make it more than {least:g}, or root_gib smaller"
         for name, wanted in {"mirror": self.mirror, "lvm": self.lvm}.items():
             if wanted and self.method == "diskless":
-                yield (*place, name), "diskless puts nothing but /srv on a disk, and that on one by itself; leave it out"
+                yield (*place, name), "diskless has nothing but /srv on disk, and that on one by itself; leave it out"
         if self.method in SOURCES and not self.source:
             yield (*place, "source"), f"is missing, and {self.method} needs it: {SOURCES[self.method]}"
         if self.method == "kickstart" and (self.source or "").startswith("https:"):

@@ -40,7 +40,7 @@ from posthouse.lab import node as nodes
 from posthouse.lab.layout import RUNTIME, LabError, Layout, run
 from posthouse.lab.requirements import ensure as ensure_requirements
 from posthouse.model import Site
-from posthouse.provision.records import Records
+from posthouse.provision.records import READING, Records
 from posthouse.secrets import Secrets
 
 __all__ = [
@@ -120,7 +120,11 @@ def provide(site: Site) -> None:
     group = layout.services / "provision"
     file = layout.state / "provision.log"
     served, wanted = layout.state / "provision.site", site.model_dump_json()
-    if not processes.running(group) or (served.exists() and served.read_text() != wanted):
+    running = processes.running(group)
+    changed = running and served.exists() and served.read_text() != wanted
+    if changed:
+        _await_readers(layout, site)
+    if changed or not running:
         processes.end(group)
         served.write_text(wanted)
         processes.spawn(group, [sys.executable, "-m", "posthouse", "provision", "serve", site.name], file)
@@ -133,6 +137,20 @@ def provide(site: Site) -> None:
     )
     if not processes.running(group):
         raise LabError(complaint)
+
+
+def _await_readers(layout: Layout, site: Site) -> None:
+    """Waits until no machine that runs is being installed by the server, which is then ended. Raises LabError."""
+    records = Records(site)
+    complaint = (
+        f"{site.name}: its site file was changed while machines are being installed; when posthouse provision status "
+        f"{site.name} says that they are, run this again"
+    )
+    processes.until(
+        lambda: not any(record.phase in READING and nodes.healthy(layout, record.node) for record in records.all()),
+        INSTALL_SECONDS,
+        complaint,
+    )
 
 
 def power_on(site: Site, name: str, hardware: machine.Machine | None = None) -> None:

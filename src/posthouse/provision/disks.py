@@ -120,7 +120,7 @@ def choose(
     if found.memory_gib < install.memory_gib * 0.95 - 0.25:
         raise Refused(
             f"it has {found.memory_gib:.1f} GiB of memory, and its class asks for {install.memory_gib:g}; "
-            "add memory, or change install.memory_gib"
+            "add memory, or change install.memory_gib in the site file and start `provision serve` again"
         )
     verdicts: dict[str, list[str]] = {}
     for disk in found.disks:
@@ -141,7 +141,7 @@ def choose(
         raise Refused(
             f"{len(fitting) or 'no'} {several} its class's rule, and {wanted} must: "
             f"{listed or 'it has no disk at all'}; "
-            "change install.disk in the site file, or the machine's disks"
+            "change the machine's disks, or install.disk in the site file and start `provision serve` again"
         )
     for disk in fitting:
         if disk.holds and not armed and not any(disk.same(other) for other in allowed):
