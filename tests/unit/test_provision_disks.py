@@ -68,6 +68,9 @@ def test_a_disk_that_holds_something_is_written_if_the_operator_says_so_or_its_i
     assert chosen({}, USED, allowed=[renamed]) == ["vda"]
     with pytest.raises(Refused):
         chosen({}, USED, allowed=[renamed | {"serial": "V2"}])
+    with pytest.raises(Refused) as refusal:
+        chosen({}, USED, allowed=[renamed | {"serial": "V2"}], armed=True)
+    assert refusal.value.disks == (USED,)
 
 
 REPORT = {

@@ -146,9 +146,17 @@ def test_a_disk_with_something_on_it_is_refused_until_the_operator_says_otherwis
         answer = await trusted.post("/node/lb1/hardware", data=used, headers=await boot(plain))
         assert (answer.status, "provision reinstall lb1" in await answer.text()) == (409, True)
         assert server.records.read("lb1").phase == "refused"
-        provision.arm(server.site, "lb1")
-        assert (await trusted.post("/node/lb1/hardware", data=used, headers=await boot(plain))).status == 200
+        # It is booted as often as one likes: only the operator's word counts.
+        assert (await trusted.post("/node/lb1/hardware", data=used, headers=await boot(plain))).status == 409
         assert "vda (1024.0 GiB, serial V1)" in provision.target(server.site, "lb1")
+        provision.arm(server.site, "lb1")
+        # Somebody put another disk in: that one was not named.
+        other = report(serial="V2", pttype="gpt")
+        assert (await trusted.post("/node/lb1/hardware", data=other, headers=await boot(plain))).status == 409
+        assert (await trusted.post("/node/lb1/hardware", data=other, headers=await boot(plain))).status == 409
+        assert "serial V2" in provision.target(server.site, "lb1")
+        provision.arm(server.site, "lb1")
+        assert (await trusted.post("/node/lb1/hardware", data=other, headers=await boot(plain))).status == 200
 
     visit(server, machine)
 

@@ -110,7 +110,7 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def target(site: Site, node: str) -> str:
-    """What `arm` gives up, in words: the disks that were written before, or the rule for them.
+    """What `arm` gives up, in words: the disks that the machine was last seen with, or the rule for them.
 
     Raises ProvisionError.
     """
@@ -125,7 +125,7 @@ def target(site: Site, node: str) -> str:
 
 
 def arm(site: Site, node: str) -> None:
-    """Lets a machine be installed at its next boot, whatever its disks hold. Raises ProvisionError."""
+    """Lets a machine be installed at its next boot, over what is on the disks of `target`. Raises ProvisionError."""
     _machine(site, node)
     with Records(site).change(node) as record:
         record.armed = True

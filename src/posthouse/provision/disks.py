@@ -30,7 +30,14 @@ SRV_LABEL = "posthouse-srv"  # by which a diskless machine knows its own disk ag
 
 
 class Refused(PosthouseError):
-    """A machine that is not to be installed; nothing was written. The message is shown on it and in the status."""
+    """A machine that is not to be installed; nothing was written. The message is shown on it and in the status.
+
+    disks: those that would have been written, if only what they hold stands against it.
+    """
+
+    def __init__(self, message: str, disks: Sequence[Disk] = ()) -> None:
+        super().__init__(message)
+        self.disks = tuple(disks)
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,8 @@ def choose(
 ) -> tuple[Disk, ...]:
     """The disk to write, or both of a mirror. Raises Refused, with every disk and what is against it.
 
-    allowed: disks whose installation was begun and not finished. armed: the operator said that what is on the disk
-    may go. Without one of these, a disk that holds anything is left alone.
+    A disk that holds anything is left alone, unless it is one of `allowed`: its installation was begun and not
+    finished, or the operator was told its name and armed the machine. armed: where no disk is known, any that fits.
     """
     rule = install.disk
     wanted = 2 if install.mirror else 1
@@ -144,10 +151,11 @@ def choose(
             "change the machine's disks, or install.disk in the site file and start `provision serve` again"
         )
     for disk in fitting:
-        if disk.holds and not armed and not any(disk.same(other) for other in allowed):
+        if disk.holds and not (any(disk.same(other) for other in allowed) if allowed else armed):
             raise Refused(
                 f"{disk} is not empty (it holds {disk.holds}), and nobody said that it may be wiped; "
-                "if it may: posthouse provision reinstall NODE"
+                "if it may: posthouse provision reinstall NODE",
+                fitting,
             )
     return fitting
 

@@ -44,7 +44,7 @@ class Record:
     reason: str = ""  # why it was refused, or failed
     phases: list[tuple[str, float]] = field(default_factory=list)  # of the last boot that installs: (name, begun)
     token: str = ""  # SHA-256 of the one under which the machine may speak; none where nothing is to be said
-    disks: list[dict[str, Any]] = field(default_factory=list)  # those that were written, or are being
+    disks: list[dict[str, Any]] = field(default_factory=list)  # that were written, are being, or would be if empty
     layout: dict[str, Any] = field(default_factory=dict)  # how they are divided, by disks.Layout
     begun: bool = False  # their installation was begun and has not ended
     installed: bool = False  # by the last boot that installs

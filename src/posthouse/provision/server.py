@@ -155,7 +155,7 @@ class Server:
             try:
                 found = disks.hardware(report)
                 least = self.site.least_disk_gib(node.klass)
-                allowed = record.disks if record.begun else []
+                allowed = record.disks if record.begun or record.armed else []
                 if install.method == "diskless":
                     layout, chosen = disks.diskless(install, least, found, allowed, record.armed)
                 else:
@@ -164,6 +164,10 @@ class Server:
             except disks.Refused as refusal:
                 reason = str(refusal).replace("NODE", node.name)
                 record.enter("refused", reason)
+                if refusal.disks:
+                    # These are what the operator is asked about next; what was said of others does not go for them.
+                    record.disks = [disk.record() for disk in refusal.disks]
+                    record.begun = record.armed = False
                 log.warning("%s: refused: %s", node.name, reason)
                 return web.Response(status=409, text=reason)
             record.begun, record.disks = True, [disk.record() for disk in chosen]
