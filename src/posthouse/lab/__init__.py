@@ -42,6 +42,7 @@ from posthouse.lab.requirements import ensure as ensure_requirements
 from posthouse.model import Site
 from posthouse.provision.records import READING, Records
 from posthouse.secrets import Secrets
+from posthouse.strict import did_you_mean
 
 __all__ = [
     "LabError",
@@ -84,6 +85,8 @@ def up(site: Site, secrets: Secrets, vms: Collection[str] = (), efi: bool = Fals
     layout = Layout(site.name)
     if network.entered(layout.namespace):
         raise LabError(f"{site.name}: `up` needs the machine's own network; call it before `enter`, or use `start`")
+    for name in vms:
+        _may_be_machine(layout, site, name)
     images = image.build_all(site)
     # Each node's systemd watches files; the kernel's default, for one user's desktop, is used up by some twenty nodes.
     if int(INOTIFY.read_text()) < 8192:
@@ -105,6 +108,17 @@ def up(site: Site, secrets: Secrets, vms: Collection[str] = (), efi: bool = Fals
         provide(site)
         outcomes |= dict(_each(functools.partial(_bring_machine, layout, site, efi), sorted(machines)))
     return outcomes
+
+
+def _may_be_machine(layout: Layout, site: Site, name: str) -> None:
+    """Raises LabError with what keeps a node from being a QEMU machine."""
+    if name not in site.nodes:
+        raise LabError(f"{name}: no such node in {site.name}; {did_you_mean(name, site.nodes)}")
+    if not site.nodes[name].mac:
+        raise LabError(f"{name}: a machine needs a MAC address; give it one in site.yml: nodes.{name}.mac")
+    if name in layout.nodes and not machine.load(layout, name):
+        fix = f"end the lab first, with all that its nodes keep: posthouse lab down {site.name}"
+        raise LabError(f"{name}: is a container of this lab, and would lose what it keeps; {fix}")
 
 
 def hub(site: Site, secrets: Secrets) -> None:
@@ -371,10 +385,9 @@ def _bring_machine(layout: Layout, site: Site, efi: bool, name: str) -> tuple[st
 
 
 def hardware(site: Site, name: str, efi: bool = False) -> machine.Machine:
-    """A machine that fits a node's class. Raises LabError if the site has no MAC address for it."""
+    """A machine that fits a node's class."""
     node = site.nodes[name]
-    if not node.mac:
-        raise LabError(f"{name}: a machine needs a MAC address; give it one in site.yml: nodes.{name}.mac")
+    assert node.mac
     install = site.classes[node.klass].install
     # What runs from memory has its system there, too.
     memory = max(install.memory_gib, LEAST_MEMORY_GIB + (install.method == "diskless"))
