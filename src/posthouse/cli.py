@@ -26,7 +26,7 @@ from posthouse import (
     probe_cli,
     provision_cli,
 )
-from posthouse.sitefile import load
+from posthouse.sitefile import load, refuse_foreign_macs
 
 app = typer.Typer(
     help="Stands up, verifies, expands, operates and rebuilds a mail platform from one site file.",
@@ -259,6 +259,8 @@ def lab_up(
     from posthouse.lab import requirements
 
     loaded = load(site)
+    if vm:
+        refuse_foreign_macs(loaded)
     lab.ensure_requirements()
     if vm:
         requirements.ensure(requirements.MACHINES)

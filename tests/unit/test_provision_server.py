@@ -180,3 +180,22 @@ def test_a_machine_that_is_no_node_gets_the_menu_and_leaves_no_record(server: Se
 
     visit(server, stranger)
     assert not list(server.records.folder.glob("*.json"))
+
+
+def test_the_status_and_the_menu_say_of_a_stranger_whose_it_is(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "foreign", {"02:00:00:00:00:07": ("corp", "mail7")})
+    (server.records.folder / "strangers").unlink(missing_ok=True)
+
+    async def strangers(plain: TestClient, _: TestClient) -> None:
+        script = await (await plain.get("/boot/02-00-00-00-00-07")).text()
+        assert "mail7 of the site corp, no machine of the site lab" in script
+        for number in range(records.STRANGERS):
+            await plain.get(f"/boot/02-00-00-00-01-{number:02x}")
+        assert "02:00:00:00:00:07" not in server.records.strangers()  # the last ones are kept
+        await plain.get("/boot/02-00-00-00-00-07")
+
+    visit(server, strangers)
+    first, *_, last = provision.status(server.site)
+    assert (first["node"], first["phase"]) == ("lb1", "waiting")
+    assert (last["node"], last["mac"], last["phase"]) == (None, "02:00:00:00:00:07", "no node")
+    assert last["reason"].startswith("it is mail7 of the site corp")

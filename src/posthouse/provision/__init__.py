@@ -22,6 +22,7 @@ from posthouse.model import Node, Site
 from posthouse.provision import bootfiles, debian_installer, dhcp, media, neighbours, server
 from posthouse.provision.disks import Disk
 from posthouse.provision.records import Record, Records
+from posthouse.sitefile import foreign_macs
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,11 @@ def prepare(site: Site) -> dict[str, media.Media]:
 
 
 def serve(site: Site, made: dict[str, media.Media]) -> None:
-    """Serves until SIGTERM or SIGINT. To be called in the network of the site's machines. Raises ProvisionError."""
-    asyncio.run(_serve(server.Server(site, secrets.ensure(site), made, Records(site))))
+    """Serves until SIGTERM or SIGINT. To be called in the network of the site's machines.
+
+    Raises ProvisionError, SiteError.
+    """
+    asyncio.run(_serve(server.Server(site, secrets.ensure(site), made, Records(site), foreign_macs(site))))
 
 
 async def _serve(serving: server.Server) -> None:
@@ -90,8 +94,16 @@ def status(site: Site) -> list[dict[str, Any]]:
     """Every machine: [{"node", "mac", "phase", "since", "reason", "armed", "attempts", "disks", "seconds"}].
 
     since: seconds that it has been in its phase. seconds: what each earlier phase of the last installation took.
+    Machines that booted here and are no nodes come last: their node is None, and their phase `no node`.
     """
-    return [_row(record) for record in Records(site).all()]
+    records = Records(site)
+    strangers = [_row(_stranger(mac, *found)) | {"node": None} for mac, found in records.strangers().items()]
+    return [*map(_row, records.all()), *strangers]
+
+
+def _stranger(mac: str, when: float, whose: str) -> Record:
+    reason = f"it is {whose}, and no machine of this one" if whose else "no node has this MAC address"
+    return Record("", mac, "no node", f"{reason}: it got the menu, and nothing was written", [("no node", when)])
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -38,9 +38,12 @@ def first_script(site: Site) -> str:
     return render("first.ipxe.j2", server=plain(site))
 
 
-def menu_script(site: Site, mac: str) -> str:
-    """The iPXE script of a machine that is no node of the site: a menu, of which nothing does harm."""
-    return render("menu.ipxe.j2", site=site.name, mac=mac)
+def menu_script(site: Site, mac: str, whose: str = "") -> str:
+    """The iPXE script of a machine that is no node of the site: a menu, of which nothing does harm.
+
+    whose: the node of another site that it is.
+    """
+    return render("menu.ipxe.j2", site=site.name, mac=mac, whose=whose)
 
 
 def local_script(site: Site, node: Node) -> str:

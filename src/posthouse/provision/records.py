@@ -1,5 +1,7 @@
 """How far each machine is: one small file for each, so that the server may be stopped and started at any time.
 
+One more file, `strangers`, has the machines that booted here and are no nodes of the site.
+
     waiting → booting → checking → dividing → streaming → identity → boot loader → installed → reached
                            └ refused: why          any of them └ failed: why
 
@@ -27,6 +29,7 @@ STATE = Path("/var/lib/posthouse/provision")
 LABS = Path("/var/lib/posthouse/lab")
 # In these a machine needs the server without a break: where its image ends too soon, it gives up.
 READING = ("checking", "dividing", "streaming", "identity", "boot loader")
+STRANGERS = 50  # so many are kept, for anybody on the network may ask
 
 
 def folder(site: Site) -> Path:
@@ -107,17 +110,41 @@ class Records:
     @contextmanager
     def change(self, node: str) -> Iterator[Record]:
         """Gives a node's record, and keeps what was made of it. One at a time, over all processes."""
+        with self._locked():
+            record = self.read(node)
+            yield record
+            self._write(f"{node}.json", asdict(record))
+
+    def strangers(self) -> dict[str, tuple[float, str]]:
+        """Machines that booted here and are no nodes, the last one last: {MAC address: (when, whose it is, or "")}."""
+        try:
+            found = json.loads((self.folder / "strangers").read_text())
+        except FileNotFoundError:
+            return {}
+        return {mac: (when, whose) for mac, (when, whose) in found.items() if mac not in self._macs.values()}
+
+    def note_stranger(self, mac: str, whose: str) -> None:
+        """Notes that a machine booted here that is no node of the site. whose: `lb1 of the site corp`, or nothing."""
+        with self._locked():
+            found = self.strangers()
+            found.pop(mac, None)
+            found[mac] = (time.time(), whose)
+            self._write("strangers", dict(list(found.items())[-STRANGERS:]))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            record = self.read(node)
-            yield record
-            beside = self.folder / f".{node}.new"
-            with beside.open("w") as file:
-                json.dump(asdict(record), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.folder / f"{node}.json")
+            yield
+
+    def _write(self, name: str, data: dict[str, Any]) -> None:
+        beside = self.folder / f".{name}.new"
+        with beside.open("w") as file:
+            json.dump(data, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self.folder / name)
 
 
 def _digest(token: str) -> str:
