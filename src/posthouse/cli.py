@@ -365,9 +365,12 @@ def bench_converge(
 @bench_app.command("provision")
 def bench_provision(site: SiteName = "lab", as_json: Json = False) -> None:
     """Sizes, phases of the machines that were installed, and serving 1, 10 and 50 simulated machines at once."""
+    from posthouse.lab import requirements
     from posthouse.provision import bench
 
-    result = bench.bench(load(site))
+    loaded = load(site)
+    requirements.ensure(requirements.PACKAGES | requirements.PROVISION)
+    result = bench.bench(loaded)
     if as_json:
         print(json.dumps(result, indent=2))
         return

@@ -35,7 +35,7 @@ def serve(site: SiteName = "lab") -> None:
     from posthouse.lab import requirements
 
     loaded = _load(site)
-    requirements.ensure(requirements.PROVISION)
+    requirements.ensure(requirements.PACKAGES | requirements.PROVISION)
     made = provision.prepare(loaded)
     if loaded.lab:
         lab.enter(site)
