@@ -82,11 +82,14 @@ async def _serve(serving: server.Server) -> None:
 def write_files(site: Site, out: Path) -> int:
     """Writes every boot file that `serve` gives to machines into a new or empty folder; returns how many.
 
-    Tokens read `bootfiles.TOKEN`, and key and CA are made for the occasion. Raises ProvisionError, SiteError.
+    Beside them are the answers for all installers, for each class. Tokens read `bootfiles.TOKEN`, and key and CA are
+    made for the occasion. Raises ProvisionError, SiteError.
     """
     plan.check_empty(out)
     _machines(site)
-    files = bootfiles.files(site, secrets.placeholders(site)) | {"dnsmasq.conf": dhcp.config(site, Path("/FOLDER"))}
+    opened = secrets.placeholders(site)
+    files = bootfiles.files(site, opened) | bootfiles.by_installers(site, opened)
+    files["dnsmasq.conf"] = dhcp.config(site, Path("/FOLDER"))
     return plan.write_files(out, {name: {"content": text, "mode": "0644"} for name, text in files.items()})
 
 
