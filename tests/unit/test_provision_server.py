@@ -199,3 +199,17 @@ def test_the_status_and_the_menu_say_of_a_stranger_whose_it_is(server: Server, m
     assert (first["node"], first["phase"]) == ("lb1", "waiting")
     assert (last["node"], last["mac"], last["phase"]) == (None, "02:00:00:00:00:07", "no node")
     assert last["reason"].startswith("it is mail7 of the site corp")
+
+
+def test_first_contact_waits_for_what_the_machine_reports(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provision.contact, "wait", lambda *_: 1.0)
+    with pytest.raises(provision.ProvisionError, match="lb1: it went no further than: waiting"):
+        provision.reach(server.site, "lb1", 60, lambda: False)
+    with server.records.change("lb1") as record:
+        record.enter("refused", "it has no disk at all")
+    with pytest.raises(provision.ProvisionError, match="lb1: it has no disk at all"):
+        provision.reach(server.site, "lb1", 60)
+    with server.records.change("lb1") as record:
+        record.finish()
+    provision.reach(server.site, "lb1", 60)
+    assert server.records.read("lb1").phase == "reached"

@@ -27,13 +27,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from posthouse import contact, image
+from posthouse import image, provision
 from posthouse import secrets as vault
 from posthouse.lab import dns, machine, network, processes, updates
 from posthouse.lab import node as nodes
@@ -360,7 +359,6 @@ def _wired(site: Site, name: str) -> nodes.Node:
 
 def _bring_machine(layout: Layout, site: Site, efi: bool, name: str) -> tuple[str, str]:
     """Brings one machine up, installed if it is a new one: (its name, what had to be done)."""
-    node = site.nodes[name]
     outcome = "kept"
     records = Records(site)
     # One that stands there refused is switched off and on: what it was refused for may be mended by now.
@@ -370,16 +368,11 @@ def _bring_machine(layout: Layout, site: Site, efi: bool, name: str) -> tuple[st
         with records.change(name) as record:
             record.reason = ""
         power_on(site, name, None if known else hardware(site, name, efi))
-    deadline = time.monotonic() + INSTALL_SECONDS
-    while not (record := records.read(name)).installed:
-        if record.reason or time.monotonic() > deadline or not nodes.healthy(layout, name):
-            reason = record.reason or f"it went no further than: {record.phase}"
-            raise LabError(f"{name}: {reason}\n  its console: {layout.node_state(name) / 'console'}")
-        time.sleep(1)
-    with network.inside(layout.namespace):
-        contact.wait(node, vault.load(site), INSTALL_SECONDS)
-    with records.change(name) as record:
-        record.enter("reached")
+    try:
+        with network.inside(layout.namespace):
+            provision.reach(site, name, INSTALL_SECONDS, lambda: nodes.healthy(layout, name))
+    except provision.ProvisionError as error:
+        raise LabError(f"{error}\n  its console: {layout.node_state(name) / 'console'}") from None
     log.info("%s: up", name)
     return name, outcome
 

@@ -3,6 +3,7 @@
 provision.serve(site)               DHCP, TFTP, HTTP and HTTPS until it is stopped
 provision.status(site)              how far each machine is, with timings
 provision.arm(site, node)           lets a machine be installed again, over what is on its disks
+provision.reach(site, node, …)      first contact: waits until a machine is installed and lets us in
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posthouse import PosthouseError, plan, secrets
+from posthouse import PosthouseError, contact, plan, secrets
 from posthouse.machines import SOURCES
 from posthouse.model import Node, Site
 from posthouse.provision import bootfiles, debian_installer, dhcp, media, neighbours, server
@@ -144,6 +146,23 @@ def arm(site: Site, node: str) -> None:
     _machine(site, node)
     with Records(site).change(node) as record:
         record.armed = True
+
+
+def reach(site: Site, node: str, seconds: float, on: Callable[[], bool] = lambda: True) -> None:
+    """Waits until a machine is installed and lets the site's key in, by the host key that it reported; notes that.
+
+    seconds: for each of the two. on: whether it still runs, where that can be known. Raises ProvisionError with what
+    its record says, ContactError.
+    """
+    records = Records(site)
+    deadline = time.monotonic() + seconds
+    while not (record := records.read(node)).installed:
+        if record.reason or time.monotonic() > deadline or not on():
+            raise ProvisionError(f"{node}: {record.reason or f'it went no further than: {record.phase}'}")
+        time.sleep(1)
+    contact.wait(site.nodes[node], secrets.load(site), seconds)
+    with records.change(node) as record:
+        record.enter("reached")
 
 
 def _machines(site: Site) -> list[Node]:
