@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from posthouse import roles
 from posthouse.machines import Install
 from posthouse.provision import disks
 from posthouse.provision.disks import GIB, Disk, Hardware, Refused
@@ -118,6 +119,9 @@ def test_a_plain_disk_has_both_boot_loaders_root_and_srv():
     table = next(command for command in made.commands if "sfdisk" in command)
     assert "size=3072MiB" in table and table.endswith("/dev/nvme0n1")
     assert (made.root, made.srv, made.esps) == ("/dev/nvme0n1p3", "/dev/nvme0n1p4", ("/dev/nvme0n1p2",))
+    start = (roles.ROOT / "templates/boot/installer/start.cfg").read_text()
+    assert f"search --no-floppy --label {disks.ESP_LABEL} " in start
+    assert f"mkfs.vfat -F 32 -n {disks.ESP_LABEL} /dev/nvme0n1p2" in made.commands
     # /dev/nvme0n1?* would be another namespace's, and /dev/sda?* another disk's.
     assert "wipefs --all --force /dev/nvme0n1p[0-9]* || true" in made.commands
     assert "wipefs --all --force /dev/sda[0-9]* || true" in layout({"root_gib": 3}, SMALL).commands

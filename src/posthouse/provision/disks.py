@@ -26,6 +26,7 @@ BIOS_BOOT, EFI, LINUX, RAID, LVM = (
     "E6D6D379-F507-44C2-A23C-238F2A3DF928",
 )
 VOLUMES = "posthouse"  # the volume group's name
+ESP_LABEL = "POSTHOUSE"  # what templates/boot/installer/start.cfg looks for, so that no other disk's is started
 SRV_LABEL = "posthouse-srv"  # by which a diskless machine knows its own disk again
 
 
@@ -177,7 +178,7 @@ def layout(install: Install, disks: Sequence[Disk]) -> Layout:
     lines += [f"type={kind}"] if install.lvm else [f"size={root_mib}MiB, type={kind}", f"type={kind}"]
     names = [disk.name for disk in disks]
     commands = [*_emptied(names), *(_divided(name, lines) for name in names), "udevadm settle"]
-    commands += [f"mkfs.vfat -F 32 -n EFI {partition(name, 2)}" for name in names]
+    commands += [f"mkfs.vfat -F 32 -n {ESP_LABEL} {partition(name, 2)}" for name in names]
     parts = {number: partition(names[0], number) for number in (3, 4)}
     if install.mirror:
         for number in (3,) if install.lvm else (3, 4):
