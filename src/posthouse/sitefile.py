@@ -84,7 +84,7 @@ def foreign_macs(site: Site) -> dict[str, tuple[str, str]]:
 
     A site file that cannot be read might hold any machine, so it stops this.
     """
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for other in sorted(INVENTORY.glob("*/site.yml")):
         name = other.parent.name
         if name == site.name:
