@@ -367,6 +367,7 @@ def _bring_machine(layout: Layout, site: Site, efi: bool, name: str) -> tuple[st
         outcome = "started" if known else "made"
         with records.change(name) as record:
             record.reason = ""
+            record.installed &= not record.armed  # at this boot it is installed anew, and has another host key then
         power_on(site, name, None if known else hardware(site, name, efi))
     try:
         with network.inside(layout.namespace):
