@@ -61,8 +61,9 @@ def expand(site: Site, node: str, check: bool = False) -> dict[str, Any]:
     if site.lab:
         image.build(site, site.nodes[node].klass)  # from here on this process is in the lab's network
     remote = Remote(site)
-    phase = Records(site).read(node).phase if site.nodes[node].mac else "waiting"
-    steps = plan(site, state.read(site, remote), node, phase)
+    have = state.read(site, remote)
+    asked = site.nodes[node].mac and not site.lab and node not in have.answers
+    steps = plan(site, have, node, Records(site).read(node).phase if asked else "waiting")
 
     def machine(step: Step) -> str:
         if site.lab:
