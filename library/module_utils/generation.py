@@ -434,8 +434,17 @@ def _validate(desired, plan):
         for command in service["check"]
     ]
     view = ["unshare", "--mount", "sh", "-c", mounts + 'exec "$@"', "sh"]
+
+    def judge(check):
+        unit, command = check
+        try:
+            return run(*view, *shlex.split(command))
+        except subprocess.TimeoutExpired as late:
+            reason = f"its validator ({command}) did not end within {late.timeout:.0f} s"
+            raise Failed(f"{unit}: {reason}; nothing was replaced; run it by hand on the node") from None
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        judged = list(pool.map(lambda check: run(*view, *shlex.split(check[1])), checks))
+        judged = list(pool.map(judge, checks))
     for (unit, command), done in zip(checks, judged, strict=True):
         if done.returncode:
             lines = (done.stdout + done.stderr).strip().splitlines()

@@ -26,7 +26,7 @@ from posthouse import (
     probe_cli,
     provision_cli,
 )
-from posthouse.sitefile import load
+from posthouse.sitefile import load, refuse_foreign_macs
 
 app = typer.Typer(
     help="Stands up, verifies, expands, operates and rebuilds a mail platform from one site file.",
@@ -259,6 +259,8 @@ def lab_up(
     from posthouse.lab import requirements
 
     loaded = load(site)
+    if vm:
+        refuse_foreign_macs(loaded)
     lab.ensure_requirements()
     if vm:
         requirements.ensure(requirements.MACHINES)
@@ -363,9 +365,12 @@ def bench_converge(
 @bench_app.command("provision")
 def bench_provision(site: SiteName = "lab", as_json: Json = False) -> None:
     """Sizes, phases of the machines that were installed, and serving 1, 10 and 50 simulated machines at once."""
+    from posthouse.lab import requirements
     from posthouse.provision import bench
 
-    result = bench.bench(load(site))
+    loaded = load(site)
+    requirements.ensure(requirements.PACKAGES | requirements.PROVISION)
+    result = bench.bench(loaded)
     if as_json:
         print(json.dumps(result, indent=2))
         return

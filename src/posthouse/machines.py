@@ -110,6 +110,9 @@ class Install(Strict):
                 f"root_gib ({self.root_gib:g}) and the boot partitions leave nothing of {disk.min_gib:g} GiB for /srv"
             )
             yield (*place, "disk", "min_gib"), f"{reason}; make it more than {least:g}, or root_gib smaller"
+        for name, wanted in {"mirror": self.mirror, "lvm": self.lvm}.items():
+            if wanted and self.method == "diskless":
+                yield (*place, name), "diskless has nothing but /srv on disk, and that on one by itself; leave it out"
         if self.method in SOURCES and not self.source:
             yield (*place, "source"), f"is missing, and {self.method} needs it: {SOURCES[self.method]}"
         if self.method == "kickstart" and (self.source or "").startswith("https:"):

@@ -236,7 +236,10 @@ def write_files(out: Path, files: dict[str, dict[str, str]]) -> int:
             _write(out / path, file)
     except OSError as error:
         for begun in out.iterdir() if out.is_dir() else ():
-            shutil.rmtree(begun)
+            if begun.is_dir():
+                shutil.rmtree(begun)
+            else:
+                begun.unlink()
         raise SiteError(out, [f"{error.filename}: {error.strerror}; name a folder where there is room"]) from None
     return len(files)
 

@@ -68,13 +68,23 @@ def parse(text: str, path: Path = Path("site.yml")) -> Site:
 
 
 def refuse_foreign_macs(site: Site) -> None:
-    """Raises SiteError if a machine of this site is also one of another site in inventory/: who wipes it would be luck.
-
-    A site file that cannot be read might hold any machine, so it stops this too.
-    """
-    path = INVENTORY / site.name / "site.yml"
+    """Raises SiteError if a machine of this site is another site's in inventory/, too: who wipes it would be luck."""
     mine = {node.mac: node.name for node in site.nodes.values() if node.mac}
-    found = []
+    found = [
+        f"nodes.{mine[mac]}.mac: {mac} is {node}'s in the site {name}; take it out of one of the two"
+        for mac, (name, node) in (foreign_macs(site).items() if mine else ())
+        if mac in mine
+    ]
+    if found:
+        raise SiteError(INVENTORY / site.name / "site.yml", found)
+
+
+def foreign_macs(site: Site) -> dict[str, tuple[str, str]]:
+    """The machines of all other sites in inventory/: {MAC address: (site, node)}. Raises SiteError.
+
+    A site file that cannot be read might hold any machine, so it stops this.
+    """
+    found: dict[str, tuple[str, str]] = {}
     for other in sorted(INVENTORY.glob("*/site.yml")):
         name = other.parent.name
         if name == site.name:
@@ -83,11 +93,7 @@ def refuse_foreign_macs(site: Site) -> None:
             nodes = load(name).nodes.values()
         except SiteError as error:
             reason = f"inventory/{name}/site.yml may name the same machines and cannot be read: {error.problems[0]}"
+            path = INVENTORY / site.name / "site.yml"
             raise SiteError(path, [f"nodes: {reason}; mend it, or take the folder away"]) from None
-        found += [
-            f"nodes.{mine[node.mac]}.mac: {node.mac} is {node.name}'s in the site {name}; take it out of one of the two"
-            for node in nodes
-            if node.mac in mine
-        ]
-    if found:
-        raise SiteError(path, found)
+        found |= {node.mac: (name, node.name) for node in nodes if node.mac}
+    return found

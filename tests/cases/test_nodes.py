@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / "nodes"
 PLANS = {
     "drain": lambda site, have, case: drain.plan(site, have, case["node"]),
     "undrain": lambda site, have, case: drain.plan_undrain(site, have, case["node"]),
-    "expand": lambda site, have, case: expand.plan(site, have, case["node"]),
+    "expand": lambda site, have, case: expand.plan(site, have, case["node"], case.get("phase", "waiting")),
     "retire": lambda site, have, case: retire.plan(
         site, have, case["node"], case.get("lacking"), case.get("cluster", site.cluster.members)
     ),

@@ -150,6 +150,18 @@ def test_every_boot_file_of_a_site_is_written(tmp_path: Path) -> None:
     assert "dhcp-host=02:80:0a:50:01:74,10.80.1.116,mail106" in (tmp_path / "out" / "dnsmasq.conf").read_text()
 
 
+def test_every_class_of_million_has_answers_for_every_installer_and_they_are_valid(tmp_path: Path) -> None:
+    provision.write_files(load("million"), tmp_path / "out")
+    written = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert written["mail.el9-efi.ks"].startswith("# mail001.")
+    for klass in ("lb", "mail"):
+        assert f"{klass}.debian13.sh" in written
+        for firmware in bootfiles.FIRMWARES:
+            assert unread(tmp_path, written[f"{klass}.debian13-{firmware}.preseed"]) == ""
+            for release in (9, 10):
+                assert refused(f"RHEL{release}", written[f"{klass}.el{release}-{firmware}.ks"]) == ""
+
+
 def test_a_site_without_machines_has_no_boot_files(tmp_path: Path) -> None:
     with pytest.raises(provision.ProvisionError, match="no node has a MAC address"):
         provision.write_files(parse(SOUND), tmp_path / "out")

@@ -191,6 +191,13 @@ def test_tree_that_does_not_fit_leaves_nothing(site: Site, tmp_path: Path, monke
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_files_beside_each_other_that_do_not_fit_leave_nothing(tmp_path: Path) -> None:
+    file = {"content": "", "mode": "0644"}
+    with pytest.raises(SiteError, match="File exists"):
+        plan.write_files(tmp_path / "out", {"one": file, "folder/two": file, "one/three": file})
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_million_is_planned_and_rendered_whole(tmp_path: Path) -> None:
     site = load("million")
     assert all(found["headroom"] >= 1 for found in plan.load(site))

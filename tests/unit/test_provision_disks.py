@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from posthouse import roles
 from posthouse.machines import Install
 from posthouse.provision import disks
 from posthouse.provision.disks import GIB, Disk, Hardware, Refused
@@ -56,12 +57,21 @@ def test_anything_else_is_refused_with_the_reason(rule, found, reason):
     assert reason in str(refusal.value)
 
 
+def test_memory_may_lack_what_firmware_and_kernel_keep():
+    assert chosen({"memory_gib": 64}, SSD, memory=62.4) == ["nvme0n1"]
+    with pytest.raises(Refused):
+        chosen({"memory_gib": 64}, SSD, memory=60)
+
+
 def test_a_disk_that_holds_something_is_written_if_the_operator_says_so_or_its_installation_was_cut_short():
     assert chosen({}, USED, armed=True) == ["vda"]
     renamed = USED.record() | {"name": "vdb", "holds": ""}
     assert chosen({}, USED, allowed=[renamed]) == ["vda"]
     with pytest.raises(Refused):
         chosen({}, USED, allowed=[renamed | {"serial": "V2"}])
+    with pytest.raises(Refused) as refusal:
+        chosen({}, USED, allowed=[renamed | {"serial": "V2"}], armed=True)
+    assert refusal.value.disks == (USED,)
 
 
 REPORT = {
@@ -109,6 +119,12 @@ def test_a_plain_disk_has_both_boot_loaders_root_and_srv():
     table = next(command for command in made.commands if "sfdisk" in command)
     assert "size=3072MiB" in table and table.endswith("/dev/nvme0n1")
     assert (made.root, made.srv, made.esps) == ("/dev/nvme0n1p3", "/dev/nvme0n1p4", ("/dev/nvme0n1p2",))
+    start = (roles.ROOT / "templates/boot/installer/start.cfg").read_text()
+    assert f"search --no-floppy --label {disks.ESP_LABEL} " in start
+    assert f"mkfs.vfat -F 32 -n {disks.ESP_LABEL} /dev/nvme0n1p2" in made.commands
+    # /dev/nvme0n1?* would be another namespace's, and /dev/sda?* another disk's.
+    assert "wipefs --all --force /dev/nvme0n1p[0-9]* || true" in made.commands
+    assert "wipefs --all --force /dev/sda[0-9]* || true" in layout({"root_gib": 3}, SMALL).commands
     assert made.root_source.startswith("UUID=") and made.root_source[5:] in made.commands[-2]
     assert made.srv_source[5:] in made.commands[-1]
 
@@ -120,6 +136,12 @@ def test_a_mirror_has_each_file_system_on_both_disks_and_starts_from_either():
         ["/dev/nvme0n1p3", "/dev/nvme1n1p3"],
         ["/dev/nvme0n1p4", "/dev/nvme1n1p4"],
     ]
+    for command in created:
+        device = command.split()[2]
+        assert made.commands[made.commands.index(command) + 1 :][:2] == (
+            "udevadm settle",
+            f"wipefs --all --force {device}",
+        )
     assert made.boot_disks == ("/dev/nvme0n1", "/dev/nvme1n1") and len(made.esps) == 2
     assert made.commands[-1].endswith(" /dev/md/4")
 

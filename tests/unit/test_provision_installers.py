@@ -12,7 +12,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from posthouse import secrets, sitefile
-from posthouse.provision import bootfiles, disks, records
+from posthouse.provision import ProvisionError, bench, bootfiles, debian_installer, disks, records
 from posthouse.provision.records import Records
 from posthouse.provision.server import Server
 from posthouse.sitefile import parse
@@ -116,3 +116,9 @@ def test_the_installers_shell_reports_disks_as_lsblk_does(server: Server, tmp_pa
     done = subprocess.run(["sh", "-c", program], capture_output=True, text=True, check=True)
     found = disks.hardware(f"firmware bios\nmemory_kib 1024\ndisks\n{done.stdout}")
     assert all((disk.model, disk.serial, disk.holds) == ("A disk", "S1", "gpt") for disk in found.disks)
+
+
+def test_there_is_no_image_to_measure(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(debian_installer, "make", lambda: None)
+    with pytest.raises(ProvisionError, match="there is no image to serve"):
+        bench.bench(server.site)

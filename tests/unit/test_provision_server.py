@@ -114,6 +114,18 @@ def test_from_first_boot_to_its_disk(server: Server) -> None:
     )
 
 
+def test_a_machine_that_is_installed_anew_is_not_installed_meanwhile(server: Server) -> None:
+    with server.records.change("lb1") as record:
+        record.finish()
+    provision.arm(server.site, "lb1")
+
+    async def machine(plain: TestClient, _: TestClient) -> None:
+        await boot(plain)
+        assert not server.records.read("lb1").installed
+
+    visit(server, machine)
+
+
 def test_only_the_token_of_the_last_boot_opens_anything(server: Server) -> None:
     async def machine(plain: TestClient, trusted: TestClient) -> None:
         old = await boot(plain)
@@ -134,9 +146,17 @@ def test_a_disk_with_something_on_it_is_refused_until_the_operator_says_otherwis
         answer = await trusted.post("/node/lb1/hardware", data=used, headers=await boot(plain))
         assert (answer.status, "provision reinstall lb1" in await answer.text()) == (409, True)
         assert server.records.read("lb1").phase == "refused"
-        provision.arm(server.site, "lb1")
-        assert (await trusted.post("/node/lb1/hardware", data=used, headers=await boot(plain))).status == 200
+        # It is booted as often as one likes: only the operator's word counts.
+        assert (await trusted.post("/node/lb1/hardware", data=used, headers=await boot(plain))).status == 409
         assert "vda (1024.0 GiB, serial V1)" in provision.target(server.site, "lb1")
+        provision.arm(server.site, "lb1")
+        # Somebody put another disk in: that one was not named.
+        other = report(serial="V2", pttype="gpt")
+        assert (await trusted.post("/node/lb1/hardware", data=other, headers=await boot(plain))).status == 409
+        assert (await trusted.post("/node/lb1/hardware", data=other, headers=await boot(plain))).status == 409
+        assert "serial V2" in provision.target(server.site, "lb1")
+        provision.arm(server.site, "lb1")
+        assert (await trusted.post("/node/lb1/hardware", data=other, headers=await boot(plain))).status == 200
 
     visit(server, machine)
 
@@ -160,3 +180,36 @@ def test_a_machine_that_is_no_node_gets_the_menu_and_leaves_no_record(server: Se
 
     visit(server, stranger)
     assert not list(server.records.folder.glob("*.json"))
+
+
+def test_the_status_and_the_menu_say_of_a_stranger_whose_it_is(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "foreign", {"02:00:00:00:00:07": ("corp", "mail7")})
+    (server.records.folder / "strangers").unlink(missing_ok=True)
+
+    async def strangers(plain: TestClient, _: TestClient) -> None:
+        script = await (await plain.get("/boot/02-00-00-00-00-07")).text()
+        assert "mail7 of the site corp, no machine of the site lab" in script
+        for number in range(records.STRANGERS):
+            await plain.get(f"/boot/02-00-00-00-01-{number:02x}")
+        assert "02:00:00:00:00:07" not in server.records.strangers()  # the last ones are kept
+        await plain.get("/boot/02-00-00-00-00-07")
+
+    visit(server, strangers)
+    first, *_, last = provision.status(server.site)
+    assert (first["node"], first["phase"]) == ("lb1", "waiting")
+    assert (last["node"], last["mac"], last["phase"]) == (None, "02:00:00:00:00:07", "no node")
+    assert last["reason"].startswith("it is mail7 of the site corp")
+
+
+def test_first_contact_waits_for_what_the_machine_reports(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provision.contact, "wait", lambda *_: 1.0)
+    with pytest.raises(provision.ProvisionError, match="lb1: it went no further than: waiting"):
+        provision.reach(server.site, "lb1", 60, lambda: False)
+    with server.records.change("lb1") as record:
+        record.enter("refused", "it has no disk at all")
+    with pytest.raises(provision.ProvisionError, match="lb1: it has no disk at all"):
+        provision.reach(server.site, "lb1", 60)
+    with server.records.change("lb1") as record:
+        record.finish()
+    provision.reach(server.site, "lb1", 60)
+    assert server.records.read("lb1").phase == "reached"

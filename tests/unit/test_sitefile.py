@@ -126,6 +126,7 @@ def test_machines_of_another_site_are_refused(inventory: Path, sound: str) -> No
 
 
 def test_a_site_that_cannot_be_read_may_hold_any_machine(inventory: Path, sound: str) -> None:
+    (inventory / "lab" / "site.yml").write_text(with_mac(sound, MAC))
     (inventory / "corp").mkdir()
     (inventory / "corp" / "site.yml").write_text("name: [")
     with pytest.raises(SiteError, match=r"inventory/corp/site\.yml may name the same machines and cannot be read"):

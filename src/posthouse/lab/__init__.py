@@ -27,21 +27,21 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from posthouse import contact, image
+from posthouse import image, provision
 from posthouse import secrets as vault
 from posthouse.lab import dns, machine, network, processes, updates
 from posthouse.lab import node as nodes
 from posthouse.lab.layout import RUNTIME, LabError, Layout, run
 from posthouse.lab.requirements import ensure as ensure_requirements
 from posthouse.model import Site
-from posthouse.provision.records import Records
+from posthouse.provision.records import READING, Records
 from posthouse.secrets import Secrets
+from posthouse.strict import did_you_mean
 
 __all__ = [
     "LabError",
@@ -84,6 +84,8 @@ def up(site: Site, secrets: Secrets, vms: Collection[str] = (), efi: bool = Fals
     layout = Layout(site.name)
     if network.entered(layout.namespace):
         raise LabError(f"{site.name}: `up` needs the machine's own network; call it before `enter`, or use `start`")
+    for name in vms:
+        _may_be_machine(layout, site, name)
     images = image.build_all(site)
     # Each node's systemd watches files; the kernel's default, for one user's desktop, is used up by some twenty nodes.
     if int(INOTIFY.read_text()) < 8192:
@@ -107,6 +109,17 @@ def up(site: Site, secrets: Secrets, vms: Collection[str] = (), efi: bool = Fals
     return outcomes
 
 
+def _may_be_machine(layout: Layout, site: Site, name: str) -> None:
+    """Raises LabError with what keeps a node from being a QEMU machine."""
+    if name not in site.nodes:
+        raise LabError(f"{name}: no such node in {site.name}; {did_you_mean(name, site.nodes)}")
+    if not site.nodes[name].mac:
+        raise LabError(f"{name}: a machine needs a MAC address; give it one in site.yml: nodes.{name}.mac")
+    if name in layout.nodes and not machine.load(layout, name):
+        fix = f"end the lab first, with all that its nodes keep: posthouse lab down {site.name}"
+        raise LabError(f"{name}: is a container of this lab, and would lose what it keeps; {fix}")
+
+
 def hub(site: Site, secrets: Secrets) -> None:
     """The controller's side of a lab, for machines that need no other node. Raises LabError."""
     layout = Layout(site.name)
@@ -120,7 +133,11 @@ def provide(site: Site) -> None:
     group = layout.services / "provision"
     file = layout.state / "provision.log"
     served, wanted = layout.state / "provision.site", site.model_dump_json()
-    if not processes.running(group) or (served.exists() and served.read_text() != wanted):
+    running = processes.running(group)
+    changed = running and served.exists() and served.read_text() != wanted
+    if changed:
+        _await_readers(layout, site)
+    if changed or not running:
         processes.end(group)
         served.write_text(wanted)
         processes.spawn(group, [sys.executable, "-m", "posthouse", "provision", "serve", site.name], file)
@@ -133,6 +150,20 @@ def provide(site: Site) -> None:
     )
     if not processes.running(group):
         raise LabError(complaint)
+
+
+def _await_readers(layout: Layout, site: Site) -> None:
+    """Waits until no machine that runs is being installed by the server, which is then ended. Raises LabError."""
+    records = Records(site)
+    complaint = (
+        f"{site.name}: its site file was changed while machines are being installed; when posthouse provision status "
+        f"{site.name} says that they are, run this again"
+    )
+    processes.until(
+        lambda: not any(record.phase in READING and nodes.healthy(layout, record.node) for record in records.all()),
+        INSTALL_SECONDS,
+        complaint,
+    )
 
 
 def power_on(site: Site, name: str, hardware: machine.Machine | None = None) -> None:
@@ -328,7 +359,6 @@ def _wired(site: Site, name: str) -> nodes.Node:
 
 def _bring_machine(layout: Layout, site: Site, efi: bool, name: str) -> tuple[str, str]:
     """Brings one machine up, installed if it is a new one: (its name, what had to be done)."""
-    node = site.nodes[name]
     outcome = "kept"
     records = Records(site)
     # One that stands there refused is switched off and on: what it was refused for may be mended by now.
@@ -337,26 +367,21 @@ def _bring_machine(layout: Layout, site: Site, efi: bool, name: str) -> tuple[st
         outcome = "started" if known else "made"
         with records.change(name) as record:
             record.reason = ""
+            record.installed &= not record.armed  # at this boot it is installed anew, and has another host key then
         power_on(site, name, None if known else hardware(site, name, efi))
-    deadline = time.monotonic() + INSTALL_SECONDS
-    while not (record := records.read(name)).installed:
-        if record.reason or time.monotonic() > deadline or not nodes.healthy(layout, name):
-            reason = record.reason or f"it went no further than: {record.phase}"
-            raise LabError(f"{name}: {reason}\n  its console: {layout.node_state(name) / 'console'}")
-        time.sleep(1)
-    with network.inside(layout.namespace):
-        contact.wait(node, vault.load(site), INSTALL_SECONDS)
-    with records.change(name) as record:
-        record.enter("reached")
+    try:
+        with network.inside(layout.namespace):
+            provision.reach(site, name, INSTALL_SECONDS, lambda: nodes.healthy(layout, name))
+    except provision.ProvisionError as error:
+        raise LabError(f"{error}\n  its console: {layout.node_state(name) / 'console'}") from None
     log.info("%s: up", name)
     return name, outcome
 
 
 def hardware(site: Site, name: str, efi: bool = False) -> machine.Machine:
-    """A machine that fits a node's class. Raises LabError if the site has no MAC address for it."""
+    """A machine that fits a node's class."""
     node = site.nodes[name]
-    if not node.mac:
-        raise LabError(f"{name}: a machine needs a MAC address; give it one in site.yml: nodes.{name}.mac")
+    assert node.mac
     install = site.classes[node.klass].install
     # What runs from memory has its system there, too.
     memory = max(install.memory_gib, LEAST_MEMORY_GIB + (install.method == "diskless"))

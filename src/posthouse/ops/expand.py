@@ -5,29 +5,37 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from posthouse import PosthouseError, image, secrets
+from posthouse import PosthouseError, image, provision, secrets
 from posthouse.model import Site
 from posthouse.ops import rebalance, service, state
 from posthouse.ops.state import State
 from posthouse.ops.steps import Refused, Step, carry_out
+from posthouse.provision.records import Records
 from posthouse.remote import Remote
 
+# A machine of metal: its firmware alone takes minutes, and a large disk or an installer takes longer.
+INSTALL_SECONDS = 1800
 
-def plan(site: Site, have: State, node: str) -> list[Step]:
-    """The steps from `have` to a site in which the node serves; none if it does. Raises Refused."""
+
+def plan(site: Site, have: State, node: str, phase: str = "waiting") -> list[Step]:
+    """The steps from `have` to a site in which the node serves; none if it does. Raises Refused.
+
+    phase: how far provisioning has come with its machine.
+    """
     state.known(site, node)
     state.need_answers(have, (name for name in site.nodes if name != node))
     new = node not in have.answers
-    if new and not site.lab:
+    if new and not site.lab and phase in ("waiting", "reached"):
         raise Refused(
-            f"{node}: does not answer; switch it on, wait until posthouse provision status says that it is installed, "
-            "and run this again; nothing was changed"
+            f"{node}: does not answer; switch it on (a new machine is installed by posthouse provision serve "
+            f"{site.name}), and run this again; nothing was changed"
         )
     if node in have.drained:
         raise Refused(f"{node}: is drained; put it back with: posthouse undrain {node}; nothing was changed")
     if not new and node in have.deployed and service.in_service(have, node) and _in_all_pools(site, have, node):
         return []
-    steps = [Step("machine", node, "start it, from the image of its class")] if new else []
+    how = "start it, from the image of its class" if site.lab else "wait until it is installed and lets us in"
+    steps = [Step("machine", node, how)] if new else []
     return [
         *steps,
         Step("deploy", node, "converge it, and tell the others of it: names, firewalls, balancers' pools"),
@@ -53,7 +61,15 @@ def expand(site: Site, node: str, check: bool = False) -> dict[str, Any]:
     if site.lab:
         image.build(site, site.nodes[node].klass)  # from here on this process is in the lab's network
     remote = Remote(site)
-    steps = plan(site, state.read(site, remote), node)
+    have = state.read(site, remote)
+    asked = site.nodes[node].mac and not site.lab and node not in have.answers
+    steps = plan(site, have, node, Records(site).read(node).phase if asked else "waiting")
+
+    def machine(step: Step) -> str:
+        if site.lab:
+            return service.machine(site, step.node)
+        provision.reach(site, step.node, INSTALL_SECONDS)
+        return ""
 
     def serve(step: Step) -> str:
         service.await_service(site, remote, step.node)
@@ -63,7 +79,7 @@ def expand(site: Site, node: str, check: bool = False) -> dict[str, Any]:
         f"expand {node}",
         steps,
         {
-            "machine": lambda step: service.machine(site, step.node),
+            "machine": machine,
             "deploy": lambda _: service.deploy(site),
             "serve": serve,
             "verify": lambda step: service.verify(site, step.node),

@@ -3,6 +3,7 @@
 provision.serve(site)               DHCP, TFTP, HTTP and HTTPS until it is stopped
 provision.status(site)              how far each machine is, with timings
 provision.arm(site, node)           lets a machine be installed again, over what is on its disks
+provision.reach(site, node, …)      first contact: waits until a machine is installed and lets us in
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posthouse import PosthouseError, plan, secrets
+from posthouse import PosthouseError, contact, plan, secrets
 from posthouse.machines import SOURCES
 from posthouse.model import Node, Site
 from posthouse.provision import bootfiles, debian_installer, dhcp, media, neighbours, server
 from posthouse.provision.disks import Disk
 from posthouse.provision.records import Record, Records
+from posthouse.sitefile import foreign_macs
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +45,11 @@ def prepare(site: Site) -> dict[str, media.Media]:
 
 
 def serve(site: Site, made: dict[str, media.Media]) -> None:
-    """Serves until SIGTERM or SIGINT. To be called in the network of the site's machines. Raises ProvisionError."""
-    asyncio.run(_serve(server.Server(site, secrets.ensure(site), made, Records(site))))
+    """Serves until SIGTERM or SIGINT. To be called in the network of the site's machines.
+
+    Raises ProvisionError, SiteError.
+    """
+    asyncio.run(_serve(server.Server(site, secrets.ensure(site), made, Records(site), foreign_macs(site))))
 
 
 async def _serve(serving: server.Server) -> None:
@@ -78,11 +84,14 @@ async def _serve(serving: server.Server) -> None:
 def write_files(site: Site, out: Path) -> int:
     """Writes every boot file that `serve` gives to machines into a new or empty folder; returns how many.
 
-    Tokens read `bootfiles.TOKEN`, and key and CA are made for the occasion. Raises ProvisionError, SiteError.
+    Beside them are the answers for all installers, for each class. Tokens read `bootfiles.TOKEN`, and key and CA are
+    made for the occasion. Raises ProvisionError, SiteError.
     """
     plan.check_empty(out)
     _machines(site)
-    files = bootfiles.files(site, secrets.placeholders(site)) | {"dnsmasq.conf": dhcp.config(site, Path("/FOLDER"))}
+    opened = secrets.placeholders(site)
+    files = bootfiles.files(site, opened) | bootfiles.by_installers(site, opened)
+    files["dnsmasq.conf"] = dhcp.config(site, Path("/FOLDER"))
     return plan.write_files(out, {name: {"content": text, "mode": "0644"} for name, text in files.items()})
 
 
@@ -90,8 +99,16 @@ def status(site: Site) -> list[dict[str, Any]]:
     """Every machine: [{"node", "mac", "phase", "since", "reason", "armed", "attempts", "disks", "seconds"}].
 
     since: seconds that it has been in its phase. seconds: what each earlier phase of the last installation took.
+    Machines that booted here and are no nodes come last: their node is None, and their phase `no node`.
     """
-    return [_row(record) for record in Records(site).all()]
+    records = Records(site)
+    strangers = [_row(_stranger(mac, *found)) | {"node": None} for mac, found in records.strangers().items()]
+    return [*map(_row, records.all()), *strangers]
+
+
+def _stranger(mac: str, when: float, whose: str) -> Record:
+    reason = f"it is {whose}, and no machine of this one" if whose else "no node has this MAC address"
+    return Record("", mac, "no node", f"{reason}: it got the menu, and nothing was written", [("no node", when)])
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -110,7 +127,7 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def target(site: Site, node: str) -> str:
-    """What `arm` gives up, in words: the disks that were written before, or the rule for them.
+    """What `arm` gives up, in words: the disks that the machine was last seen with, or the rule for them.
 
     Raises ProvisionError.
     """
@@ -125,10 +142,27 @@ def target(site: Site, node: str) -> str:
 
 
 def arm(site: Site, node: str) -> None:
-    """Lets a machine be installed at its next boot, whatever its disks hold. Raises ProvisionError."""
+    """Lets a machine be installed at its next boot, over what is on the disks of `target`. Raises ProvisionError."""
     _machine(site, node)
     with Records(site).change(node) as record:
         record.armed = True
+
+
+def reach(site: Site, node: str, seconds: float, on: Callable[[], bool] = lambda: True) -> None:
+    """Waits until a machine is installed and lets the site's key in, by the host key that it reported; notes that.
+
+    seconds: for each of the two. on: whether it still runs, where that can be known. Raises ProvisionError with what
+    its record says, ContactError.
+    """
+    records = Records(site)
+    deadline = time.monotonic() + seconds
+    while not (record := records.read(node)).installed:
+        if record.reason or time.monotonic() > deadline or not on():
+            raise ProvisionError(f"{node}: {record.reason or f'it went no further than: {record.phase}'}")
+        time.sleep(1)
+    contact.wait(site.nodes[node], secrets.load(site), seconds)
+    with records.change(node) as record:
+        record.enter("reached")
 
 
 def _machines(site: Site) -> list[Node]:

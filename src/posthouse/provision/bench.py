@@ -20,7 +20,7 @@ from aiohttp import web
 
 from posthouse import image, lab, secrets
 from posthouse.model import Site
-from posthouse.provision import prepare, server, status
+from posthouse.provision import ProvisionError, prepare, server, status
 from posthouse.provision.media import Media
 from posthouse.provision.records import Records
 
@@ -31,6 +31,11 @@ SHARE_MIB = 64  # of the image that each client reads: enough for a rate, and 50
 def bench(site: Site) -> dict[str, Any]:
     """{"image": sizes, "serving": [{"clients", "seconds", "mib_s", "memory_mib"}], "machines", "containers"}."""
     made = prepare(site)
+    if not made:
+        raise ProvisionError(
+            f"{site.name}: installers install all of its machines, so there is no image to serve; "
+            "name a site in which a class with machines has `method: image`"
+        )
     media = next(iter(made.values()))
     return {
         "image": {

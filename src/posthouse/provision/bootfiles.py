@@ -21,6 +21,18 @@ TOKEN = "ONE-TIME-TOKEN"  # where a script is rendered for reading
 FIRMWARES = ("pcbios", "efi")  # iPXE's own names, in its ${platform}
 # What the boot loader needs: 1 MiB for its code, or a file system for the firmware; and kernels where it can read them.
 EFI_MIB, BOOT_MIB = 512, 1024
+# How distributions' installers are asked to do it, for reading; a site names a mirror of its own.
+INSTALLERS: dict[str, dict[str, Any]] = {
+    "debian13": {"method": "preseed", "source": "http://mirror.example.org/debian", "release": None},
+    **{
+        f"el{release}": {
+            "method": "kickstart",
+            "source": f"http://mirror.example.org/{release}/BaseOS/x86_64/os",
+            "release": release,
+        }
+        for release in (9, 10)
+    },
+}
 
 
 def plain(site: Site) -> str:
@@ -38,9 +50,12 @@ def first_script(site: Site) -> str:
     return render("first.ipxe.j2", server=plain(site))
 
 
-def menu_script(site: Site, mac: str) -> str:
-    """The iPXE script of a machine that is no node of the site: a menu, of which nothing does harm."""
-    return render("menu.ipxe.j2", site=site.name, mac=mac)
+def menu_script(site: Site, mac: str, whose: str = "") -> str:
+    """The iPXE script of a machine that is no node of the site: a menu, of which nothing does harm.
+
+    whose: the node of another site that it is.
+    """
+    return render("menu.ipxe.j2", site=site.name, mac=mac, whose=whose)
 
 
 def local_script(site: Site, node: Node) -> str:
@@ -81,6 +96,26 @@ def files(site: Site, opened: Secrets) -> dict[str, str]:
             made[f"{node.name}-local.ipxe"] = local_script(site, node)
             made |= answers(site, node, opened)
     return made
+
+
+def by_installers(site: Site, opened: Secrets) -> dict[str, str]:
+    """The answers with which every installer would install each class of machines, whatever the class's own method is.
+
+    They are those of the class's first machine, as `CLASS.SYSTEM-FIRMWARE.ks`; a node's name has no dot.
+    """
+    made = {}
+    for klass, node in {node.klass: node for node in reversed(site.nodes.values()) if node.mac}.items():
+        for system, how in INSTALLERS.items():
+            for name, text in answers(_installed_by(site, klass, how), node, opened).items():
+                made[f"{klass}.{system}{name.removeprefix(node.name)}"] = text
+    return made
+
+
+def _installed_by(site: Site, klass: str, how: dict[str, Any]) -> Site:
+    """The site with a class that is installed in another way, with its disks as they are."""
+    entry = site.classes[klass]
+    install = entry.install.model_copy(update=how)
+    return site.model_copy(update={"classes": site.classes | {klass: entry.model_copy(update={"install": install})}})
 
 
 def render(template: str, **variables: Any) -> str:

@@ -26,11 +26,19 @@ BIOS_BOOT, EFI, LINUX, RAID, LVM = (
     "E6D6D379-F507-44C2-A23C-238F2A3DF928",
 )
 VOLUMES = "posthouse"  # the volume group's name
+ESP_LABEL = "POSTHOUSE"  # what templates/boot/installer/start.cfg looks for, so that no other disk's is started
 SRV_LABEL = "posthouse-srv"  # by which a diskless machine knows its own disk again
 
 
 class Refused(PosthouseError):
-    """A machine that is not to be installed; nothing was written. The message is shown on it and in the status."""
+    """A machine that is not to be installed; nothing was written. The message is shown on it and in the status.
+
+    disks: those that would have been written, if only what they hold stands against it.
+    """
+
+    def __init__(self, message: str, disks: Sequence[Disk] = ()) -> None:
+        super().__init__(message)
+        self.disks = tuple(disks)
 
 
 @dataclass(frozen=True)
@@ -111,16 +119,16 @@ def choose(
 ) -> tuple[Disk, ...]:
     """The disk to write, or both of a mirror. Raises Refused, with every disk and what is against it.
 
-    allowed: disks whose installation was begun and not finished. armed: the operator said that what is on the disk
-    may go. Without one of these, a disk that holds anything is left alone.
+    A disk that holds anything is left alone, unless it is one of `allowed`: its installation was begun and not
+    finished, or the operator was told its name and armed the machine. armed: where no disk is known, any that fits.
     """
     rule = install.disk
     wanted = 2 if install.mirror else 1
-    # A quarter of a GiB of tolerance: memory that firmware keeps, and disks sold by powers of ten.
-    if found.memory_gib + 0.25 < install.memory_gib:
+    # The kernel counts neither what firmware keeps nor its own table of pages, which is 1/64 of all.
+    if found.memory_gib < install.memory_gib * 0.95 - 0.25:
         raise Refused(
             f"it has {found.memory_gib:.1f} GiB of memory, and its class asks for {install.memory_gib:g}; "
-            "add memory, or change install.memory_gib"
+            "add memory, or change install.memory_gib in the site file and start `provision serve` again"
         )
     verdicts: dict[str, list[str]] = {}
     for disk in found.disks:
@@ -141,19 +149,20 @@ def choose(
         raise Refused(
             f"{len(fitting) or 'no'} {several} its class's rule, and {wanted} must: "
             f"{listed or 'it has no disk at all'}; "
-            "change install.disk in the site file, or the machine's disks"
+            "change the machine's disks, or install.disk in the site file and start `provision serve` again"
         )
     for disk in fitting:
-        if disk.holds and not armed and not any(disk.same(other) for other in allowed):
+        if disk.holds and not (any(disk.same(other) for other in allowed) if allowed else armed):
             raise Refused(
                 f"{disk} is not empty (it holds {disk.holds}), and nobody said that it may be wiped; "
-                "if it may: posthouse provision reinstall NODE"
+                "if it may: posthouse provision reinstall NODE",
+                fitting,
             )
     return fitting
 
 
-def partition(disk: str, number: int) -> str:
-    """The device of a partition: /dev/vda2, /dev/nvme0n1p2."""
+def partition(disk: str, number: int | str) -> str:
+    """The device of a partition: /dev/vda2, /dev/nvme0n1p2. `number` may be a pattern of the shell's."""
     return f"/dev/{disk}{'p' if disk[-1].isdigit() else ''}{number}"
 
 
@@ -169,16 +178,19 @@ def layout(install: Install, disks: Sequence[Disk]) -> Layout:
     lines += [f"type={kind}"] if install.lvm else [f"size={root_mib}MiB, type={kind}", f"type={kind}"]
     names = [disk.name for disk in disks]
     commands = [*_emptied(names), *(_divided(name, lines) for name in names), "udevadm settle"]
-    commands += [f"mkfs.vfat -F 32 -n EFI {partition(name, 2)}" for name in names]
+    commands += [f"mkfs.vfat -F 32 -n {ESP_LABEL} {partition(name, 2)}" for name in names]
     parts = {number: partition(names[0], number) for number in (3, 4)}
     if install.mirror:
         for number in (3,) if install.lvm else (3, 4):
             device = f"/dev/md/{number}"
             members = " ".join(partition(name, number) for name in names)
-            commands.append(
-                f"mdadm --create {device} --run --level=1 --raid-devices=2 --metadata=1.2 --homehost=any "
-                f"--name={number} {members}"
-            )
+            commands += [
+                f"mdadm --create {device} --run --level=1 --raid-devices=2 --metadata=1.2 --bitmap=internal "
+                f"--homehost=any --name={number} {members}",
+                "udevadm settle",
+                # An array of the same size has what an older one held, its volumes too.
+                f"wipefs --all --force {device}",
+            ]
             parts[number] = device
     root_id, srv_id = str(uuid.uuid4()), str(uuid.uuid4())
     root, srv = parts[3], parts[4]
@@ -221,7 +233,7 @@ def _emptied(names: Sequence[str]) -> list[str]:
     return [
         "lvm vgchange --activate n || true",  # there may be none
         "mdadm --stop --scan || true",
-        *(f"wipefs --all --force /dev/{name}?* || true" for name in names),
+        *(f"wipefs --all --force {partition(name, '[0-9]*')} || true" for name in names),
         *(f"wipefs --all --force /dev/{name}" for name in names),
     ]
 

@@ -1,5 +1,7 @@
 """How far each machine is: one small file for each, so that the server may be stopped and started at any time.
 
+One more file, `strangers`, has the machines that booted here and are no nodes of the site.
+
     waiting → booting → checking → dividing → streaming → identity → boot loader → installed → reached
                            └ refused: why          any of them └ failed: why
 
@@ -25,6 +27,9 @@ from posthouse.model import Site
 
 STATE = Path("/var/lib/posthouse/provision")
 LABS = Path("/var/lib/posthouse/lab")
+# In these a machine needs the server without a break: where its image ends too soon, it gives up.
+READING = ("checking", "dividing", "streaming", "identity", "boot loader")
+STRANGERS = 50  # so many are kept, for anybody on the network may ask
 
 
 def folder(site: Site) -> Path:
@@ -42,10 +47,10 @@ class Record:
     reason: str = ""  # why it was refused, or failed
     phases: list[tuple[str, float]] = field(default_factory=list)  # of the last boot that installs: (name, begun)
     token: str = ""  # SHA-256 of the one under which the machine may speak; none where nothing is to be said
-    disks: list[dict[str, Any]] = field(default_factory=list)  # those that were written, or are being
+    disks: list[dict[str, Any]] = field(default_factory=list)  # that were written, are being, or would be if empty
     layout: dict[str, Any] = field(default_factory=dict)  # how they are divided, by disks.Layout
     begun: bool = False  # their installation was begun and has not ended
-    installed: bool = False
+    installed: bool = False  # by the last boot that installs
     armed: bool = False  # the operator said that what is on the disks may go
     attempts: int = 0
 
@@ -60,6 +65,7 @@ class Record:
         token = random.token_hex(16)
         self.token = _digest(token)
         self.phases, self.phase, self.reason = [], "", ""
+        self.installed = False
         self.attempts += 1
         self.enter("booting")
         return token
@@ -104,17 +110,41 @@ class Records:
     @contextmanager
     def change(self, node: str) -> Iterator[Record]:
         """Gives a node's record, and keeps what was made of it. One at a time, over all processes."""
+        with self._locked():
+            record = self.read(node)
+            yield record
+            self._write(f"{node}.json", asdict(record))
+
+    def strangers(self) -> dict[str, tuple[float, str]]:
+        """Machines that booted here and are no nodes, the last one last: {MAC address: (when, whose it is, or "")}."""
+        try:
+            found = json.loads((self.folder / "strangers").read_text())
+        except FileNotFoundError:
+            return {}
+        return {mac: (when, whose) for mac, (when, whose) in found.items() if mac not in self._macs.values()}
+
+    def note_stranger(self, mac: str, whose: str) -> None:
+        """Notes that a machine booted here that is no node of the site. whose: `lb1 of the site corp`, or nothing."""
+        with self._locked():
+            found = self.strangers()
+            found.pop(mac, None)
+            found[mac] = (time.time(), whose)
+            self._write("strangers", dict(list(found.items())[-STRANGERS:]))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            record = self.read(node)
-            yield record
-            beside = self.folder / f".{node}.new"
-            with beside.open("w") as file:
-                json.dump(asdict(record), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.folder / f"{node}.json")
+            yield
+
+    def _write(self, name: str, data: dict[str, Any]) -> None:
+        beside = self.folder / f".{name}.new"
+        with beside.open("w") as file:
+            json.dump(data, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self.folder / name)
 
 
 def _digest(token: str) -> str:

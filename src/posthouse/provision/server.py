@@ -15,7 +15,7 @@ import logging
 import ssl
 import tempfile
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from aiohttp import web
 from netaddr import EUI, AddrFormatError, mac_unix_expanded
@@ -49,6 +49,7 @@ class Server:
     secrets: Secrets
     media: dict[str, Media]
     records: Records
+    foreign: dict[str, tuple[str, str]] = field(default_factory=dict)  # machines of other sites, by MAC: (site, node)
 
     def __post_init__(self) -> None:
         self.by_mac = {node.mac: node for node in self.site.nodes.values() if node.mac}
@@ -83,10 +84,15 @@ class Server:
 
     async def boot(self, request: web.Request) -> web.Response:
         """A machine's own boot script: to install it, or to start it from its disk."""
-        node = self._node(request.match_info["mac"])
+        asked = request.match_info["mac"]
+        mac = _unix(asked)
+        node = self.by_mac.get(mac)
         if not node:
-            log.info("%s is no node's: it gets the menu", request.match_info["mac"])
-            return web.Response(text=bootfiles.menu_script(self.site, request.match_info["mac"]))
+            whose = "{1} of the site {0}".format(*self.foreign[mac]) if mac in self.foreign else ""
+            if mac:
+                self.records.note_stranger(mac, whose)
+            log.info("%s is %s: it gets the menu", asked, whose or "no node's")
+            return web.Response(text=bootfiles.menu_script(self.site, asked, whose))
         method = self.site.classes[node.klass].install.method
         with self.records.change(node.name) as record:
             if record.installed and not record.armed and method != "diskless":
@@ -155,7 +161,7 @@ class Server:
             try:
                 found = disks.hardware(report)
                 least = self.site.least_disk_gib(node.klass)
-                allowed = record.disks if record.begun else []
+                allowed = record.disks if record.begun or record.armed else []
                 if install.method == "diskless":
                     layout, chosen = disks.diskless(install, least, found, allowed, record.armed)
                 else:
@@ -164,6 +170,10 @@ class Server:
             except disks.Refused as refusal:
                 reason = str(refusal).replace("NODE", node.name)
                 record.enter("refused", reason)
+                if refusal.disks:
+                    # These are what the operator is asked about next; what was said of others does not go for them.
+                    record.disks = [disk.record() for disk in refusal.disks]
+                    record.begun = record.armed = False
                 log.warning("%s: refused: %s", node.name, reason)
                 return web.Response(status=409, text=reason)
             record.begun, record.disks = True, [disk.record() for disk in chosen]
@@ -229,11 +239,13 @@ class Server:
         """The node for which a request came in that was admitted."""
         return self.site.nodes[request.match_info["node"]]
 
-    def _node(self, mac: str) -> Node | None:
-        try:
-            return self.by_mac.get(str(EUI(mac, dialect=mac_unix_expanded)))
-        except (AddrFormatError, ValueError):
-            return None
+
+def _unix(mac: str) -> str:
+    """A MAC address as site files have it; nothing if it is none."""
+    try:
+        return str(EUI(mac, dialect=mac_unix_expanded))
+    except (AddrFormatError, ValueError):
+        return ""
 
 
 async def run(server: Server, addresses: str) -> tuple[web.AppRunner, web.AppRunner]:
