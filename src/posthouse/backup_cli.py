@@ -41,7 +41,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Address = Annotated[str, typer.Argument(help="The account: its full address.")]
 At = Annotated[
     str | None,
-    typer.Option(metavar="TIME|BACKUP", help="As it was then (UTC); by default the newest backup that has it."),
+    typer.Option(
+        metavar="TIME|BACKUP",
+        help="As it was then, in UTC unless it says +02:00; by default the newest backup that has it.",
+    ),
 ]
 Into = Annotated[str | None, typer.Option(metavar="FOLDER", help="Put it beside what is there, into this folder.")]
 
@@ -68,7 +71,7 @@ def _size(count: int | None) -> str | None:
 def run_backup(site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
     """Make a backup now. This is what `posthouse backup [SITE]` does."""
     loaded = load(site)
-    result = backups.backup(loaded, secrets.ensure(loaded), check=check, say=_say)
+    result = backups.backup(loaded, secrets.load(loaded), check=check, say=_say)
     if as_json:
         print(json.dumps(result))
         return
@@ -81,14 +84,15 @@ def run_backup(site: SiteName = "lab", check: Check = False, as_json: Json = Fal
     for part in result["left_out"]:
         console.print(f"{part['name']}: {part['note']}", markup=False)
     done = "would be made" if check else f"made in {result['seconds']} s"
-    console.print(f"backup {result['backup']} {done}, in {result['repository']}", markup=False)
+    place = f"{'a new repository, ' if result['new'] else ''}{result['repository']}"
+    console.print(f"backup {result['backup']} {done}, in {place}", markup=False)
 
 
 @app.command("list")
 def list_backups(site: SiteName = "lab", as_json: Json = False) -> None:
     """List the backups of a site, oldest first."""
     loaded = load(site)
-    repository = Repository(loaded, secrets.ensure(loaded))
+    repository = Repository(loaded, secrets.load(loaded))
     repository.require()
     found = backups.backups(repository)
     if as_json:
@@ -106,7 +110,7 @@ def check_backups(
 ) -> None:
     """Read the repository from end to end, and say what is damaged."""
     loaded = load(site)
-    result = backups.examine(loaded, secrets.ensure(loaded), quick=quick)
+    result = backups.examine(loaded, secrets.load(loaded), quick=quick)
     if as_json:
         print(json.dumps(result))
     else:
@@ -121,7 +125,7 @@ def check_backups(
 def prune_backups(site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
     """Remove the backups that backup.keep of the site no longer asks for."""
     loaded = load(site)
-    result = backups.prune(loaded, secrets.ensure(loaded), check=check)
+    result = backups.prune(loaded, secrets.load(loaded), check=check)
     if as_json:
         print(json.dumps(result))
     else:
@@ -132,7 +136,7 @@ def prune_backups(site: SiteName = "lab", check: Check = False, as_json: Json = 
 @app.command("key")
 def show_key(site: SiteName = "lab") -> None:
     """Print the repository's password, to be kept somewhere else than the site."""
-    print(secrets.ensure(load(site)).passwords["backup_repository"])
+    print(secrets.load(load(site)).password("backup_repository"))
 
 
 def _restored(result: restore.Restored, as_json: bool, check: bool) -> None:
@@ -163,7 +167,7 @@ def restore_message(
         raise typer.BadParameter("a UID counts in one folder; name it with --folder")
     loaded = load(site)
     wanted = Wanted(folder, message, into)
-    _restored(restore.mail(loaded, secrets.ensure(loaded), address, wanted, at=at, check=check), as_json, check)
+    _restored(restore.mail(loaded, secrets.load(loaded), address, wanted, at=at, check=check), as_json, check)
 
 
 @restore_app.command("folder")
@@ -179,7 +183,7 @@ def restore_folder(
     """Bring back what a folder lacks."""
     loaded = load(site)
     wanted = Wanted(folder, None, into)
-    _restored(restore.mail(loaded, secrets.ensure(loaded), address, wanted, at=at, check=check), as_json, check)
+    _restored(restore.mail(loaded, secrets.load(loaded), address, wanted, at=at, check=check), as_json, check)
 
 
 @restore_app.command("mailbox")
@@ -194,7 +198,7 @@ def restore_mailbox(
     """Bring back what an account's mailbox lacks: folders, messages, rights, annotations, Sieve scripts."""
     loaded = load(site)
     wanted = Wanted(None, None, into)
-    _restored(restore.mail(loaded, secrets.ensure(loaded), address, wanted, at=at, check=check), as_json, check)
+    _restored(restore.mail(loaded, secrets.load(loaded), address, wanted, at=at, check=check), as_json, check)
 
 
 @restore_app.command("account")
@@ -203,14 +207,14 @@ def restore_account(
 ) -> None:
     """Bring a deleted account back: its entry and password, limit, mail, rights and Sieve scripts."""
     loaded = load(site)
-    _restored(restore.account(loaded, secrets.ensure(loaded), address, at=at, check=check), as_json, check)
+    _restored(restore.account(loaded, secrets.load(loaded), address, at=at, check=check), as_json, check)
 
 
 @restore_app.command("directory")
 def restore_directory(site: SiteName = "lab", at: At = None, check: Check = False, as_json: Json = False) -> None:
     """Take all accounts' entries back to what they were; accounts made since stay."""
     loaded = load(site)
-    result = restore.directory(loaded, secrets.ensure(loaded), at=at, check=check)
+    result = restore.directory(loaded, secrets.load(loaded), at=at, check=check)
     if as_json:
         print(json.dumps(result))
         return
@@ -231,7 +235,7 @@ def restore_queue(
 ) -> None:
     """Queue again what waited on a node at a backup. Only where the node lost it: what was sent since is sent twice."""
     loaded = load(site)
-    result = restore.queue(loaded, secrets.ensure(loaded), node, at=at, check=check)
+    result = restore.queue(loaded, secrets.load(loaded), node, at=at, check=check)
     if as_json:
         print(json.dumps(result))
         return

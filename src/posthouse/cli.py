@@ -192,11 +192,12 @@ def deploy(
     as_json: Json = False,
 ) -> None:
     """Bring every node to what the site says. Changes nothing on a node that is already there."""
-    from posthouse import run
+    from posthouse import run, secrets
 
     arguments = [*(["--check"] if check else []), *(["--diff"] if diff else []), *(["--limit", limit] if limit else [])]
     loaded = load(site)
     with run.exclusive(loaded):
+        secrets.ensure(loaded)  # a new site has none yet
         result = run.playbook(
             loaded, "deploy", *arguments, variables={"deploy_tiers": tier} if tier else None, quiet=as_json
         )

@@ -75,6 +75,7 @@ class Directory:
         self._base = f"ou=accounts,{site.suffix}"
         self._hosts = {store.host: store.name for store in site.stores.values()}
         self._connection: Any = None
+        self.provider = site.directory.providers[0]  # the one that was asked last
 
     def close(self) -> None:
         """Ends the connection; the next question makes a new one."""
@@ -290,6 +291,7 @@ class Directory:
                 # Without it the provider is still being filled: it would take accounts for new that are not.
                 connection.search(self._site.suffix, "(contextCSN=*)", search_scope=ldap3.BASE, attributes=["1.1"])
                 if connection.response:
+                    self.provider = name
                     return connection
                 reasons.append(f"{name}: still being filled from another provider")
             except ldap_errors.LDAPInvalidCredentialsResult:

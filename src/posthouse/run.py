@@ -30,19 +30,25 @@ class Busy(PosthouseError):
 
 
 def reach(site: Site) -> Path:
-    """Gets ready to talk to the site's nodes: inside the lab for a lab site. Returns the ssh configuration to use."""
-    config = inventory.write_ssh(site, secrets.ensure(site))
+    """Gets ready to talk to the site's nodes: inside the lab for a lab site. Returns the ssh configuration to use.
+
+    Raises SecretsError for a site without secrets: none of its nodes would know new ones.
+    """
+    config = inventory.write_ssh(site, secrets.ensure(site, new=False))
     if site.lab:
         lab.enter(site.name)
     return config
 
 
 @contextmanager
-def exclusive(site: Site, name: str = "lock") -> Iterator[None]:
-    """Holds the site's lock on this controller, or another one of that name; raises Busy if it is taken, naming who."""
+def exclusive(site: Site, lock: str = "lock") -> Iterator[None]:
+    """Holds a lock of the site's on this controller; raises Busy with the holder's name if it is taken.
+
+    lock: `lock` is what changes the site; `drill` and `probe` go on beside that, each once.
+    """
     folder = inventory.RUNTIME / site.name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (folder / name).open("a+") as file:
+    with (folder / lock).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -55,6 +55,12 @@ class Secrets:
         """Passwords between services, by the name in a manifest's `secrets`."""
         return dict(self.data["passwords"])
 
+    def password(self, name: str) -> str:
+        """One of them. Raises SecretsError if the secrets were made before anything asked for it."""
+        if name not in self.data["passwords"]:
+            raise SecretsError(f"the site's secrets lack the password {name}; posthouse deploy adds what is missing")
+        return str(self.data["passwords"][name])
+
     @property
     def ca_cert(self) -> str:
         """The site's CA certificate, PEM."""
@@ -136,12 +142,15 @@ def load(site: Site) -> Secrets:
     return Secrets(data)
 
 
-def ensure(site: Site) -> Secrets:
-    """Opens the secrets of a site and adds what is missing or due, for instance for a new node. Raises SecretsError."""
+def ensure(site: Site, new: bool = True) -> Secrets:
+    """Opens the secrets of a site and adds what is missing or due, for instance for a new node. Raises SecretsError.
+
+    new: the site may be one that never had any. Else a file that is gone is an error: new ones open nothing of the old.
+    """
     path, password_file = files(site)
     try:
         with _locked(path.parent):
-            data = load(site).data if path.exists() else copy.deepcopy(EMPTY)
+            data = copy.deepcopy(EMPTY) if new and not path.exists() else load(site).data
             before = copy.deepcopy(data)
             _complete(site, data)
             if data != before:

@@ -18,7 +18,7 @@ import pytest
 from posthouse import run, secrets
 from posthouse.ops.backup import stands
 from posthouse.ops.imap import Message, Session
-from posthouse.ops.repository import Repository
+from posthouse.ops.repository import NOTES, Repository
 from posthouse.probe.clients import Imap, Person, Platform, Sieve, Smtp, eventually, letter
 from posthouse.remote import Remote
 
@@ -65,6 +65,7 @@ def owner(site: Any, platform: Platform, posthouse: Any, own: Any, size: int) ->
     place = Path(Repository(site, secrets.load(site)).place)
     for left in (place, place.with_name(f"{place.name}.kept")):
         shutil.rmtree(left, ignore_errors=True)
+    (NOTES / site.name).unlink(missing_ok=True)
     store = next(iter(site.stores))
     person = Person(f"keeps.{uuid.uuid4().hex[:6]}@{site.domain}", uuid.uuid4().hex, store)
     command = ("account", "add", person.address, "--store", store, "--quota", "77", "--password-stdin")
@@ -91,12 +92,32 @@ def owner(site: Any, platform: Platform, posthouse: Any, own: Any, size: int) ->
     sieve = Sieve(platform, person)
     sieve.activate(SCRIPT, "mine")
     sieve.close()
+    _share(own, site, store, posthouse, person)
     _until_replicated(site, store)
+    would = json.loads(posthouse("backup", site.name, "--check", "--json"))
+    assert would["new"]
+    assert not place.exists()
     made.first = json.loads(posthouse("backup", site.name, "--json"))
     made.second = json.loads(posthouse("backup", site.name, "--json"))
     made.messages = _state(own, person)
     yield made
     shutil.rmtree(place)
+    (NOTES / site.name).unlink()
+
+
+def _share(own: Any, site: Any, store: str, posthouse: Any, person: Person) -> None:
+    """Somebody else's folder that the person sees, but whose rights it may not ask for."""
+    other = Person(f"shares.{uuid.uuid4().hex[:6]}@{site.domain}", uuid.uuid4().hex, store)
+    command = ("account", "add", other.address, "--store", store, "--password-stdin", "--site", site.name)
+    posthouse(*command, text=f"{other.password}\n")
+    session = own(other)
+    session.create("Plans")
+    session.ask("OK", "SETACL", "Plans", f'"{person.address}"', "lrs")
+    session.logout()
+    session = own(person)
+    _, listed = session.list()
+    session.logout()
+    assert any(b"Other Users/" in line for line in listed)
 
 
 def _until_replicated(site: Any, store: str) -> None:
@@ -206,7 +227,8 @@ def test_mailbox(site, own, posthouse, owner, size):
     for name in owner.messages:
         _remove(own, owner.person, name)
     started = time.monotonic()
-    result = json.loads(posthouse("restore", "mailbox", owner.person.address, "--site", site.name, "--json"))
+    # An address is the same in any case.
+    result = json.loads(posthouse("restore", "mailbox", owner.person.address.upper(), "--site", site.name, "--json"))
     took = time.monotonic() - started
     assert result["messages"] == size
     state = _state(own, owner.person)
@@ -221,7 +243,10 @@ def test_account(site, own, platform, friend, posthouse, owner, size):
     posthouse("account", "delete", owner.person.address, "--site", site.name)
     # Not asked at the access proxies: they remember for a minute whom they refused.
     posthouse("account", "show", owner.person.address, "--site", site.name, status=1)
-    result = json.loads(posthouse("restore", "account", owner.person.address, "--site", site.name, "--json"))
+    restore = ("restore", "account", owner.person.address, "--site", site.name, "--json")
+    assert json.loads(posthouse(*restore, "--check"))["messages"] == size
+    posthouse("account", "show", owner.person.address, "--site", site.name, status=1)
+    result = json.loads(posthouse(*restore))
     assert result["messages"] == size
     shown = json.loads(posthouse("account", "show", owner.person.address, "--site", site.name, "--json"))
     assert (shown["quota"], shown["store"]) == (77, owner.person.store)
@@ -289,15 +314,32 @@ def test_refusals(site, own, posthouse, owner, repository):
     mailbox = ("restore", "mailbox", owner.person.address, "--site", site.name)
     assert "nobody" in _refused(site, "restore", "mailbox", f"nobody@{site.domain}", "--site", site.name)
     assert "<no@where>" in _refused(site, "restore", "message", owner.person.address, "<no@where>", "--site", site.name)
+    message = ("restore", "message", owner.person.address, "‹é@x>", "--site", site.name)
+    assert "a Message-ID is ASCII" in _refused(site, *message)
     assert "No-Such" in _refused(site, "restore", "folder", owner.person.address, "No-Such", "--site", site.name)
     assert "no backup is that old" in _refused(site, *mailbox, "--at", "2001-01-01")
     assert "neither a backup nor a time" in _refused(site, *mailbox, "--at", "yesterday")
+    assert "no complete backup has that name" in _refused(site, *mailbox, "--at", "20310101T000000Z")
+    with run.exclusive(site, "drill"):
+        assert "locked by" in _refused(site, "drill", site.name)
+        assert "locked by" in _refused(site, "backup", "prune", site.name)
     with run.exclusive(site):
         assert "locked by" in _refused(site, "backup", site.name)
+        assert "locked by" in _refused(site, "backup", "check", site.name, "--quick")
         assert "locked by" in _refused(site, *mailbox)
     posthouse("backup", "check", site.name)
-    # One bit of the largest file is another.
+    # The largest file is gone: what is in it would not be stored again, and removed too late.
     pack = max(repository.glob("data/*/*"), key=lambda file: file.stat().st_size)
+    pack.rename(repository / "aside")
+    snapshots = sorted(repository.glob("snapshots/*"))
+    for command in (("backup",), ("backup", "prune"), ("drill",)):
+        assert "damaged: pack" in _refused(site, *command, site.name, "--check")
+    assert "damaged: pack" in _refused(site, "backup", site.name)
+    assert "damaged: pack" in _refused(site, "backup", "prune", site.name)
+    assert "DAMAGED" in _refused(site, "backup", "check", site.name, "--quick")
+    assert sorted(repository.glob("snapshots/*")) == snapshots
+    (repository / "aside").rename(pack)
+    # One bit of it is another.
     data = bytearray(pack.read_bytes())
     data[len(data) // 2] ^= 1
     pack.chmod(0o600)
@@ -315,9 +357,14 @@ def test_refusals(site, own, posthouse, owner, repository):
     subprocess.run(["restic", "init"], check=True, capture_output=True, env=environment)
     (other / "keys").rename(repository / "keys")
     shutil.rmtree(other)
-    assert "does not open it" in _refused(site, "backup", site.name)
+    for command in (("backup",), ("backup", "check"), ("backup", "prune"), ("drill",)):
+        assert "does not open it" in _refused(site, *command, site.name)
     assert "does not open it" in _refused(site, *mailbox)
     shutil.rmtree(repository)
+    assert "nothing is here now" in _refused(site, "backup", site.name, "--check")
+    assert "nothing is here now" in _refused(site, "backup", site.name)
+    for command in (("backup", "check"), ("backup", "prune"), ("drill",)):
+        assert "no backup repository there" in _refused(site, *command, site.name)
     assert "no backup repository there" in _refused(site, *mailbox)
     assert not repository.exists()
     assert _state(own, owner.person) == before

@@ -19,7 +19,7 @@ import pytest
 from posthouse import lab, run, secrets
 from posthouse.ops import failover
 from posthouse.ops.backup import backups
-from posthouse.ops.repository import Repository
+from posthouse.ops.repository import NOTES, Repository
 from posthouse.probe.clients import Imap, Person, Platform, Smtp, eventually, letter
 from posthouse.probe.ledger import Ledger, Stream, assert_all_there
 
@@ -187,6 +187,7 @@ def test_backup_meanwhile(platform, nodes, friend, people, world, site, home, tm
     """A node dies while a backup is made ({moment}): the backup is finished, and has all that came before it began"""
     place = Path(Repository(site, secrets.load(site)).place)
     shutil.rmtree(place, ignore_errors=True)
+    (NOTES / site.name).unlink(missing_ok=True)
     everybody = [people.alice, people.bob, people.carol]
     victim = home[people.alice.store].primary
     ledger = Ledger()
@@ -222,6 +223,7 @@ def test_backup_meanwhile(platform, nodes, friend, people, world, site, home, tm
     nodes.flush(*(person.address for person in everybody), seconds=120)
     assert_all_there(ledger, platform, nodes, everybody, world, power_cut=True)
     shutil.rmtree(place)
+    (NOTES / site.name).unlink()
 
 
 def test_not_acknowledged(platform, nodes, friend, people, site, home):

@@ -19,7 +19,7 @@ import pytest
 from posthouse import lab, run, secrets
 from posthouse.mailboxes import Mailboxes
 from posthouse.ops import drill, mailbox_state
-from posthouse.ops.repository import Repository
+from posthouse.ops.repository import NOTES, Repository
 from posthouse.probe.clients import Person, Platform, Smtp, closed_quietly, eventually, letter
 from posthouse.probe.ledger import Ledger, Stream, check
 
@@ -57,6 +57,7 @@ def saved(
     """Mail comes in, the site is backed up, and more mail comes in."""
     place = Path(Repository(site, secrets.load(site)).place)
     shutil.rmtree(place, ignore_errors=True)
+    (NOTES / site.name).unlink(missing_ok=True)
     folder = tmp_path_factory.mktemp("rebuild")
     everybody = [people.alice, people.bob, people.carol]
     ledger = Ledger(folder / "mail.ledger")
@@ -90,6 +91,7 @@ def saved(
         waiting,
     )
     shutil.rmtree(place)
+    (NOTES / site.name).unlink()
     shutil.rmtree(drill.REPORTS / site.name, ignore_errors=True)
 
 

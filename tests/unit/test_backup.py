@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from posthouse import inventory, run
+from posthouse.directory import Account, AddressTaken
 from posthouse.model import Keep, Site
-from posthouse.ops import drill, entries
-from posthouse.ops.backup import Backup, Part, Standing, choose, kept
+from posthouse.ops import drill, entries, past, repository, restore
+from posthouse.ops.backup import Backup, Part, Standing, choose, examine, kept, prune
+from posthouse.ops.backup import backup as make_backup
 from posthouse.ops.backup import plan as backup_plan
-from posthouse.ops.imap import Folder, Message, batches, numbers, pairs, parsed
-from posthouse.ops.merge import plan, wire
-from posthouse.ops.repository import BackupError
+from posthouse.ops.imap import Folder, Message, Session, batches, numbers, pairs, parsed
+from posthouse.ops.merge import Wanted, plan, wire
+from posthouse.ops.repository import BackupError, Repository, Shut
+from posthouse.secrets import Secrets
+from posthouse.sitefile import parse
 
 
 def made(*names: str, complete: bool = True) -> list[Backup]:
@@ -55,6 +68,8 @@ def test_one_that_is_in_the_making_is_kept() -> None:
         ("2026-11-10", "20261110T020000Z"),
         ("2026-11-10T01:00", "20261109T020000Z"),
         ("2026-11-10T02:00:00Z", "20261110T020000Z"),
+        ("2026-11-10T03:30+02:00", "20261109T020000Z"),
+        ("2026-11-10T00:30-02:00", "20261110T020000Z"),
     ],
 )
 def test_which_backup_is_looked_into_first(at: str | None, first: str) -> None:
@@ -63,7 +78,15 @@ def test_which_backup_is_looked_into_first(at: str | None, first: str) -> None:
 
 @pytest.mark.parametrize(
     ("at", "complaint"),
-    [("2026-10-01", "the oldest is 20261101T020000Z"), ("last week", "neither a backup nor a time")],
+    [
+        ("2026-10-01", "the oldest is 20261101T020000Z"),
+        ("last week", "neither a backup nor a time"),
+        ("9999-12-31", "neither a backup nor a time"),
+        # Not the one of the day before.
+        ("20261110T020001Z", "no complete backup has that name"),
+        ("20261110T02000Z", "no complete backup has that name"),
+        ("20261110", "no complete backup has that name"),
+    ],
 )
 def test_times_of_no_backup(at: str, complaint: str) -> None:
     with pytest.raises(BackupError, match=complaint):
@@ -73,6 +96,12 @@ def test_times_of_no_backup(at: str, complaint: str) -> None:
 def test_a_backup_that_never_ended_is_none() -> None:
     with pytest.raises(BackupError, match="no complete backup yet"):
         choose(made("20261126T020000Z", complete=False), None)
+
+
+def test_one_that_never_ended_is_not_replaced_by_an_older_one() -> None:
+    found = [*made("20261125T020000Z"), *made("20261126T020000Z", complete=False)]
+    with pytest.raises(BackupError, match="no complete backup has that name"):
+        choose(found, "20261126T020000Z")
 
 
 def parts(site: Site, **told: object) -> dict[str, Part]:
@@ -241,3 +270,187 @@ def test_old_and_failed_drills_are_findings(
     state = drill.status(site, NOW)  # type: ignore[arg-type]
     assert (state["ok"], finding in state["finding"]) == (not finding, True)
     assert state["last"]["rto_seconds"] == 3.5
+
+
+def test_what_others_share_is_not_the_accounts_own() -> None:
+    names = ["INBOX", "Work", "Other Users/bob@lab.test/Plans", "Shared Folders/News"]
+    session = Session.__new__(Session)
+    listed = [item for name in names for item in ([b"\\HasNoChildren"], b"/", name.encode())]
+    session.ask = lambda *_: listed  # type: ignore[method-assign]
+    assert list(session.folders()) == ["INBOX", "Work"]
+
+
+def test_what_a_restore_needs_fits_on_the_node() -> None:
+    told = '{"message_type":"summary","total_files":100,"total_bytes":1000000}'
+    past._need_room("mail1", f"{told}\n  2000000 10000000\n")
+    # The same room on a larger disk, of which more has to stay free.
+    with pytest.raises(BackupError, match="mail1: no room"):
+        past._need_room("mail1", f"{told}\n  2000000 20000000\n")
+
+
+class Entries:
+    """A directory in which an address is one entry's only."""
+
+    def __init__(self, **held: list[bytes]) -> None:
+        self.held = held
+
+    def replace(self, dn: str, attributes: entries.Entry) -> None:
+        others = {value for name, values in self.held.items() if name != dn for value in values}
+        if others & set(attributes["mailLocalAddress"]):
+            raise AddressTaken("taken")
+        self.held[dn] = attributes["mailLocalAddress"]
+
+    put = replace
+
+
+def change(dn: str, *addresses: bytes) -> tuple[str, str, entries.Entry]:
+    return dn, dn, {"mailLocalAddress": list(addresses)}
+
+
+def test_entries_let_go_of_an_address_before_another_gets_it() -> None:
+    live: Any = Entries(a=[b"a"], b=[b"b", b"sales", b"gone"])
+    restore._carry_out(live, [change("gone", b"gone")], [change("a", b"a", b"sales"), change("b", b"b")])
+    assert live.held == {"a": [b"a", b"sales"], "b": [b"b"], "gone": [b"gone"]}
+    with pytest.raises(BackupError, match=r"c: taken.*account alias --remove"):
+        restore._carry_out(live, [change("c", b"sales")], [])
+
+
+def test_accounts_are_found_in_any_case_and_on_a_store_of_the_site(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    account = Account("alice@lab.test", "Alice", "s99.lab.test", 0)
+    directory = SimpleNamespace(get={account.address: account}.get)
+    here = SimpleNamespace(site=site, directory=directory)
+    monkeypatch.setattr(restore, "opened", lambda *_: contextlib.nullcontext(here))
+    known: Any = None
+    for verb in (
+        lambda: restore.mail(site, known, "Alice@LAB.test", Wanted()),
+        lambda: restore.account(site, known, "ALICE@lab.test"),
+    ):
+        with pytest.raises(BackupError, match=r"alice@lab.test is on s99.lab.test, which is not in the site file"):
+            verb()
+
+
+@pytest.mark.parametrize("identifier", ["‹é@x>", "<a\r\nb@x>"])
+def test_a_message_id_is_ascii(site: Site, identifier: str) -> None:
+    known: Any = None
+    with pytest.raises(BackupError, match="a Message-ID is ASCII"):
+        restore.mail(site, known, "alice@lab.test", Wanted(identifier=identifier))
+
+
+def test_a_folder_has_a_name_that_can_be_written() -> None:
+    with pytest.raises(BackupError, match="not a name that a folder can have"):
+        wire("\udce9")
+
+
+# --- with restic ------------------------------------------------------------------------------------------------------
+
+needs_restic = pytest.mark.skipif(
+    not all(map(shutil.which, repository.PROGRAMS)), reason="the controller's programs are not installed"
+)
+KNOWN = Secrets({"passwords": {"backup_repository": "right"}})
+
+
+@pytest.fixture
+def stored(sound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Site, Repository]]:
+    """A site with one backup, of which only the manifest is there."""
+    monkeypatch.setattr(repository, "NOTES", tmp_path / "notes")
+    monkeypatch.setattr(inventory, "RUNTIME", tmp_path / "run")
+    monkeypatch.setattr(drill, "REPORTS", tmp_path / "drills")
+    site = parse(f"{sound}\nbackup: {{repository: {tmp_path / 'repository'}}}\n")
+    kept = Repository(site, KNOWN)
+    kept.begin()
+    kept.note()
+    tags = ["--tag", "run=20261126T020000Z", "--tag", "part=manifest"]
+    # So much that no other pack is larger, whatever restic makes of it.
+    text = "".join(map(str, range(10_000)))
+    kept.restic("backup", "--host", site.name, *tags, "--stdin", "--stdin-filename", "/manifest.json", text=text)
+    yield site, kept
+
+
+def lose_a_pack(kept: Repository) -> None:
+    max(Path(kept.place).glob("data/*/*"), key=lambda file: file.stat().st_size).unlink()
+
+
+@needs_restic
+def test_a_lock_is_no_damage(stored: tuple[Site, Repository]) -> None:
+    site, kept = stored
+    environment = {"PATH": "/usr/bin:/bin", "RESTIC_REPOSITORY": kept.place, "RESTIC_PASSWORD": "right"}
+    command = ["restic", "--no-cache", "backup", "--stdin"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment) as other:
+        while not list(Path(kept.place).glob("locks/*")):
+            time.sleep(0.02)
+        assert examine(site, KNOWN, quick=True) == {
+            "ok": True,
+            "damage": [],
+            "backups": ["20261126T020000Z"],
+            "incomplete": [],
+        }
+        with pytest.raises(Shut, match=r"already locked.*wait for whoever that is"):
+            kept.restic("check")
+        other.kill()
+    # What was killed has left its lock; removing backups is not held up by it.
+    assert list(Path(kept.place).glob("locks/*"))
+    assert prune(site, KNOWN) == {"kept": ["20261126T020000Z"], "removed": []}
+
+
+@needs_restic
+def test_another_password_is_no_damage(stored: tuple[Site, Repository]) -> None:
+    site, _ = stored
+    wrong = Secrets({"passwords": {"backup_repository": "wrong"}})
+    for verb in (examine, make_backup, prune):
+        with pytest.raises(Shut, match="does not open it"):
+            verb(site, wrong)
+
+
+@needs_restic
+def test_a_damaged_repository_is_refused(stored: tuple[Site, Repository]) -> None:
+    site, kept = stored
+    lose_a_pack(kept)
+    assert "does not exist" in examine(site, KNOWN, quick=True)["damage"][0]
+    for verb in (make_backup, prune):
+        with pytest.raises(BackupError, match=r"damaged: pack .* does not exist; put it back from a copy"):
+            verb(site, KNOWN)
+
+
+@needs_restic
+def test_a_drill_of_a_damaged_repository_has_failed(
+    stored: tuple[Site, Repository], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, kept = stored
+    lose_a_pack(kept)
+    monkeypatch.setattr("posthouse.secrets.load", lambda _: KNOWN)
+    with pytest.raises(BackupError, match="damaged"):
+        drill.drill(site, check=True, say=print)
+    assert not drill.REPORTS.exists()
+    assert "the repository is damaged" in drill.drill(site, say=print)["failed"]
+    assert "the last drill failed" in drill.status(site)["finding"]
+
+
+@needs_restic
+def test_a_repository_that_is_gone_is_not_begun_anew(stored: tuple[Site, Repository]) -> None:
+    site, kept = stored
+    shutil.rmtree(kept.place)
+    with pytest.raises(BackupError, match="backups were here, and nothing is here now"):
+        make_backup(site, KNOWN)
+    for verb in (examine, prune):
+        with pytest.raises(BackupError, match="no backup repository there"):
+            verb(site, KNOWN)
+    assert not Path(kept.place).exists()
+    (repository.NOTES / site.name).unlink()
+    kept.may_begin()
+
+
+@needs_restic
+def test_a_second_drill_leaves_the_first_alone(
+    stored: tuple[Site, Repository], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, _ = stored
+    monkeypatch.setattr("posthouse.secrets.load", lambda _: KNOWN)
+    monkeypatch.setattr("posthouse.lab.down", lambda _: pytest.fail("the first one's lab was taken down"))
+    work = drill.REPORTS / site.name / ".work"
+    work.mkdir(parents=True)
+    with run.exclusive(site, "drill"):
+        with pytest.raises(run.Busy, match="locked by"):
+            drill.drill(site, say=print)
+        with pytest.raises(run.Busy, match="locked by"):
+            prune(site, KNOWN)
+    assert work.exists()

@@ -7,7 +7,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from posthouse import roles, secrets
+from posthouse import roles, run, secrets
 from posthouse.model import Site
 from posthouse.secrets import Secrets, SecretsError
 from posthouse.sitefile import parse
@@ -213,3 +213,17 @@ def test_placeholders_are_of_the_same_kind_and_nobodys(folder: Path, site: Site,
     for node in site.nodes.values():
         x509.load_pem_x509_certificate(fake.for_node(node)["tls"]["cert"].encode())
     assert set(state(folder)) == {"secrets.yml", ".vault-password"}
+
+
+def test_only_a_new_site_is_given_new_ones(folder: Path, site: Site) -> None:
+    for call in (lambda: secrets.ensure(site, new=False), lambda: run.reach(site)):
+        assert "secrets.yml: not there; if the site had secrets, put the file back" in refusal(folder, call)
+
+
+def test_what_is_missing_is_added_for_all_that_reach_nodes(folder: Path, site: Site, made: Secrets) -> None:
+    path, password_file = secrets.files(site)
+    older = {**made.data, "passwords": {k: v for k, v in made.passwords.items() if k != "backup_repository"}}
+    secrets._save(path, password_file, older)
+    with pytest.raises(SecretsError, match="lack the password backup_repository; posthouse deploy adds"):
+        secrets.load(site).password("backup_repository")
+    assert secrets.ensure(site, new=False).password("backup_repository")

@@ -8,6 +8,7 @@ what leaves a queue while the backup is made is in its store afterwards, and so 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import time
 from collections.abc import Callable
@@ -179,29 +180,32 @@ def _store_part(store: Store, have: Standing) -> Part:
 def backup(site: Site, secrets: Secrets, *, check: bool = False, say: Say = lambda text: None) -> dict[str, Any]:
     """Makes a backup.
 
-    Returns {"backup": name, "repository", "parts": [{"name", "node", "note", and once made "bytes", "added", "seconds",
-    counts of a store}], "left_out": [{"name", "node", "note"}], "seconds"}. Raises BackupError, RemoteError; what was
-    made until then is no backup.
+    Returns {"backup": name, "repository", "new": whether that is made with it, "parts": [{"name", "node", "note", and
+    once made "bytes", "added", "seconds", counts of a store}], "left_out": [{"name", "node", "note"}], "seconds"}.
+    Raises BackupError, RemoteError; what was made until then is no backup.
     """
     started = time.monotonic()
     repository = Repository(site, secrets)
     with run.exclusive(site):
-        remote = Remote(site)
-        if repository.exists():
-            repository.snapshots()  # so that a wrong password shows before anything is done
-            there = True
+        there = repository.exists()
+        if there:
+            # What restic believes to be there is not stored again: on a damaged repository that makes no backup.
+            repository.need_intact()
         else:
-            there = False
+            repository.may_begin()
+            say(f"makes a new repository at {repository.place}")
+        remote = Remote(site)
         parts = plan(site, look(remote, site))
         name = datetime.now(UTC).strftime(NAME)
-        result: dict[str, Any] = {"backup": name, "repository": repository.place, "check": check}
+        result: dict[str, Any] = {"backup": name, "repository": repository.place, "new": not there, "check": check}
         for part in parts:
             say(str(part))
         if check:
             done = [part.told() for part in parts if not part.left_out]
             return result | {"parts": done, "left_out": [p.told() for p in parts if p.left_out], "seconds": 0.0}
         if not there:
-            repository.ensure()
+            repository.begin()
+        repository.note()
         with repository.lent(remote) as lent:
             taking = _Taking(site, repository, remote, lent, name, say)
             made = taking.all_of([part for part in parts if part.name.startswith("queues:")])
@@ -237,7 +241,7 @@ def manifest(repository: Repository, backup: Backup) -> dict[str, Any]:
 def choose(found: list[Backup], at: str | None) -> list[Backup]:
     """The complete backups to look into, newest first: all, the one of a name, or those until a time.
 
-    at: a backup's name, or a time in UTC like 2026-11-26 or 2026-11-26T12:15. Raises BackupError.
+    at: a backup's name, or a time like 2026-11-26 or 2026-11-26T12:15, in UTC if it does not say. Raises BackupError.
     """
     complete = [backup for backup in reversed(found) if backup.complete]
     if not complete:
@@ -246,14 +250,18 @@ def choose(found: list[Backup], at: str | None) -> list[Backup]:
         return complete
     if exact := [backup for backup in complete if backup.name == at]:
         return exact
+    if re.match(r"\d{8}", at):
+        # Python would take it for a time, and an older backup would be used unseen.
+        raise BackupError(f"--at {at}: no complete backup has that name; see: posthouse backup list")
     try:
-        until = datetime.fromisoformat(at.removesuffix("Z")).replace(tzinfo=UTC)
-    except ValueError:
+        until = datetime.fromisoformat(at)
+        until = until.replace(tzinfo=UTC) if until.tzinfo is None else until.astimezone(UTC)
+        if len(at) == len("2026-11-26"):
+            until += timedelta(days=1)
+    except (ValueError, OverflowError):
         raise BackupError(
             f"--at {at}: neither a backup nor a time; see: posthouse backup list, or write 2026-11-26T12:15"
         ) from None
-    if len(at) == len("2026-11-26"):
-        until += timedelta(days=1)
     if earlier := [backup for backup in complete if backup.time <= until]:
         return earlier
     raise BackupError(f"--at {at}: no backup is that old; the oldest is {complete[-1].name}")
@@ -275,14 +283,20 @@ def kept(found: list[Backup], keep: Keep) -> set[str]:
 
 
 def prune(site: Site, secrets: Secrets, *, check: bool = False) -> dict[str, list[str]]:
-    """Removes the backups that the site no longer keeps, and what only they held. Returns the {"kept", "removed"}."""
+    """Removes the backups that the site no longer keeps, and what only they held. Returns the {"kept", "removed"}.
+
+    Not while a drill reads them. Raises BackupError, Busy.
+    """
     repository = Repository(site, secrets)
-    with run.exclusive(site):
+    with run.exclusive(site), run.exclusive(site, "drill"):
         repository.require()
+        repository.need_intact()  # restic would forget first, and find out afterwards
         found = backups(repository)
         stay = kept(found, site.backup.keep)
         going = [backup for backup in found if backup.name not in stay]
         if going and not check:
+            # Nobody else is at it, so these locks are of commands that were killed, perhaps on a node.
+            repository.restic("unlock", "--remove-all")
             repository.restic("forget", "--prune", *(key for backup in going for key in backup.parts.values()))
     return {"kept": sorted(stay), "removed": [backup.name for backup in going]}
 
@@ -291,15 +305,12 @@ def examine(site: Site, secrets: Secrets, *, quick: bool = False) -> dict[str, A
     """Reads the repository, and says what is damaged.
 
     quick: only whether all that should be there is; else every byte. Returns {"ok", "damage": [lines of restic],
-    "backups": names, "incomplete": names}.
+    "backups": names, "incomplete": names}. Raises Shut, Busy.
     """
     repository = Repository(site, secrets)
     repository.require()
-    damage: list[str] = []
-    try:
-        repository.restic("check", *([] if quick else ["--read-data"]))
-    except BackupError as error:
-        damage = [line for line in str(error).split(" / ") if line]
+    with run.exclusive(site):
+        damage = repository.damage(quick)
     try:
         found = backups(repository)
     except BackupError as error:

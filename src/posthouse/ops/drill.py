@@ -66,12 +66,27 @@ def name(site: Site) -> str:
 def drill(site: Site, *, at: str | None = None, check: bool = False, keep: bool = False, say: Say) -> dict[str, Any]:
     """Restores a backup into a lab, compares, writes the report, and takes the lab down unless `keep`.
 
-    Returns the report; see `report`. Raises BackupError before anything is done if there is no backup.
+    Returns the report; see `report`. Raises BackupError before anything is done if there is no backup, and Busy if
+    there is a drill already: both would be in the lab of that name.
     """
-    began = datetime.now(UTC)
-    repository = Repository(site, secrets.ensure(site))
+    repository = Repository(site, secrets.load(site))
     repository.require()
+    with run.exclusive(site, "drill"):
+        return _drill(site, repository, at, check, keep, say)
+
+
+def _drill(site: Site, repository: Repository, at: str | None, check: bool, keep: bool, say: Say) -> dict[str, Any]:
+    began = datetime.now(UTC)
     chosen = backup.choose(backup.backups(repository), at)[0]
+    with run.exclusive(site):  # for as long as it is looked at, no backup is made
+        damage = repository.damage()
+    if damage and not check:
+        # Nothing has to be restored to know how that would end, and `status` is to say so.
+        result = report(chosen.name, chosen.time, began, {}, f"the repository is damaged: {damage[0]}", {})
+        write(site, result)
+        return result
+    if damage:
+        raise BackupError(f"{repository.place}: damaged: {damage[0]}; put it back from a copy; nothing was changed")
     say(f"{chosen.name} into the lab {name(site)}: all stores on one node, compared message by message")
     if check:
         return {"backup": chosen.name, "lab": name(site), "check": True}

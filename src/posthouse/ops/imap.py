@@ -16,6 +16,8 @@ from typing import Any
 TIMEOUT = 120  # s
 BATCH = 100  # messages, and
 BATCH_BYTES = 8 * 2**20  # of all of them together, that one command carries
+# Below these Cyrus shows what others share with an account.
+SHARED = ("Other Users/", "Shared Folders/")
 # A copy cannot be given what Cyrus says of a folder itself.
 ITS_OWN = ("/vendor/cmu/cyrus-imapd/", "/specialuse")
 _TOKEN = re.compile(rb'\s*(?:(\()|(\))|"((?:[^"\\]|\\.)*)"|([^\s()"]+))')
@@ -110,7 +112,7 @@ class Session(imaplib.IMAP4_SSL):
         listed = self.ask("LIST", "LIST", '""', '"*"', "RETURN", "(SPECIAL-USE SUBSCRIBED)")
         for attributes, _, name in zip(*[iter(listed)] * 3, strict=True):
             words = {word.decode().lower() for word in attributes}
-            if "\\noselect" in words or "\\nonexistent" in words:
+            if "\\noselect" in words or "\\nonexistent" in words or name.decode().startswith(SHARED):
                 continue
             use = next((word for word in sorted(words) if word in USES), "")
             found[name.decode()] = Folder(name.decode(), use, subscribed="\\subscribed" in words)

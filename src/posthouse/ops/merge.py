@@ -129,6 +129,18 @@ def account_mail(
     return [*map(str, steps), *scripts], count, there
 
 
+def extent(then: past.Past, target: Store, address: str) -> tuple[int, int]:
+    """(folders, messages) of a mailbox of the past. Raises BackupError."""
+    try:
+        session = then.mailbox(address)
+        folders = session.folders()
+        messages = sum(1 for name in folders for _ in session.messages(name))
+        session.logout()
+    except (imaplib.IMAP4.error, OSError) as error:
+        raise BackupError(f"{address} on {target.name}, as it was: {error}; nothing was changed") from None
+    return len(folders), messages
+
+
 def _wanted(session: Session, wanted: Wanted) -> dict[str, Folder] | None:
     """The part of a mailbox that is wanted; None if it does not have it."""
     folders = session.folders()
@@ -188,7 +200,7 @@ def wire(name: str) -> str:
     """A folder's name as IMAP carries it: modified UTF-7 (RFC 3501, 5.1.3)."""
     if name.upper() == "INBOX":
         return "INBOX"
-    if not name or any(ord(letter) < 32 for letter in name) or '"' in name:
+    if not name or any(letter < " " or "\ud800" <= letter <= "\udfff" for letter in name) or '"' in name:
         raise BackupError(f"folder {name!r}: not a name that a folder can have")
     made, rest = [], ""
     for letter in [*name, ""]:

@@ -18,10 +18,14 @@ from posthouse.model import Site, Store
 from posthouse.ops.backup import Backup
 from posthouse.ops.imap import Session
 from posthouse.ops.repository import BackupError, Lent, Repository, end
-from posthouse.remote import Remote
+from posthouse.remote import Remote, RemoteError
 from posthouse.secrets import Secrets
 
 TOOL = "/usr/local/lib/posthouse/store-past"
+# Of a node's /srv, what stays free for the mail that comes meanwhile.
+RESERVE = 0.05
+ROUNDED = 2048  # bytes; what a file takes beyond what it has, on average: half a block
+MIB = 2**20
 # Of a store, what belongs to no account alone: small, but for the list of mailboxes.
 SHARED = ("/config/*.db", "/config/db", "/config/domain", "/config/quota")
 
@@ -101,18 +105,31 @@ def opened(
 ) -> Iterator[tuple[Past, str]]:
     """Brings the files of an account (or, `whole`, of its store) to the node of `target`, and runs Cyrus on them.
 
-    Yields the store of the past and the folder it is in. All of it is gone afterwards.
+    Yields the store of the past and the folder it is in. All of it is gone afterwards. Raises BackupError if there is
+    no room for it, or if it does not come out of the backup.
     """
     folder = f"/srv/store/{target.name}/past-{random.token_hex(6)}"
     chosen = "" if whole else f"--include-file {folder}.list"
     names = shlex.quote("" if whole else "\n".join(held.files))
-    lent.run(
-        node,
-        f"trap 'rm -f {folder}.list' EXIT\nprintf '%s\\n' {names} >{folder}.list\n"
-        f"install -d -o cyrus -g mail -m 0750 {folder}\n"
-        f"restic restore --quiet {held.snapshot}:/srv/store/{held.store}/snapshot --target {folder} {chosen}",
-    )
+    restore = f"restic restore --quiet {held.snapshot}:/srv/store/{held.store}/snapshot --target {folder} {chosen}"
     close = f"{TOOL} close {target.name} {folder}"
+    try:
+        listed = f"trap 'rm -f {folder}.list' EXIT\nprintf '%s\\n' {names} >{folder}.list"
+        room = f"df -B1 --output=avail,size /srv/store/{target.name} | tail -n 1"
+        _need_room(node, lent.run(node, f"{listed}\n{restore} --dry-run --json | tail -n 1\n{room}"))
+        # Should we die before it ends, nobody else takes away what came until then.
+        whole_or_none = f"done=\ntrap 'rm -f {folder}.list; [ \"$done\" ] || rm -rf {folder}' EXIT"
+        made = f"install -d -o cyrus -g mail -m 0750 {folder}"
+        lent.run(node, f"{listed}\n{whole_or_none}\n{made}\n{restore}\ndone=yes")
+    except RemoteError as error:
+        if error.status == 255:
+            raise
+        lines = str(error).splitlines()
+        raise BackupError(
+            f"{lines[0]}{f' … {lines[-1]}' if lines[1:] else ''}: this does not come out of the backup "
+            f"{held.backup.name}, and nothing was brought back; see: posthouse backup check {site.name}, or take an "
+            "older one with --at"
+        ) from None
     try:
         imap, sieve = map(int, remote.run(node, f"{TOOL} open {target.name} {folder}").split())
     except BaseException:
@@ -136,6 +153,21 @@ def opened(
         yield Past(site, secrets, target, *ports), folder
     finally:
         end(link)
+
+
+def _need_room(node: str, printed: str) -> None:
+    """Refuses what /srv of a node has no room for. printed: what restic would bring back, and what `df` says."""
+    told, there = printed.strip().splitlines()
+    would = json.loads(told)
+    needed = would["total_bytes"] + would["total_files"] * ROUNDED
+    free, size = map(int, there.split())
+    usable = free - size * RESERVE
+    if needed > usable:
+        raise BackupError(
+            f"{node}: no room: the files of the past take {needed / MIB:.0f} MiB on /srv while they are looked into, "
+            f"and {max(usable, 0) / MIB:.0f} MiB may be used, for {RESERVE:.0%} of it stay free for mail; make room "
+            "there; nothing was changed"
+        )
 
 
 def _free_ports() -> tuple[int, int]:

@@ -124,11 +124,7 @@ class _Rebuild:
             have = self._look()
         at = next(iter(have.filling.values()), at)
         self.backup: Backup = backups.choose(backups.backups(self.repository), at)[0]
-        damage = backups.examine(site, self.known, quick=True)["damage"]
-        if damage:
-            raise Refused(
-                f"{self.repository.place}: damaged: {damage[0]}; put it back from a copy; nothing was changed"
-            )
+        self.repository.need_intact()
         listed = backups.manifest(self.repository, self.backup)["parts"]
         self.steps = plan(site, have, self.backup.name, {part["name"]: part["bytes"] for part in listed})
         self._stack = contextlib.ExitStack()

@@ -33,10 +33,16 @@ PROGRAMS = {"restic": "restic", "rclone": "rclone"}
 # Nodes keep what restic already knows of the repository here; without it each backup asks for all of it again.
 CACHE = "/var/cache/posthouse-restic"
 LONGEST = 24 * 3600  # s; a first backup of a large store
+# By site, where its repository is: one that is not there then was lost, or its disk is not mounted.
+NOTES = Path("/var/lib/posthouse/repositories")
 
 
 class BackupError(PosthouseError):
     """A backup or restore that cannot be; the message says where, what, and what to do."""
+
+
+class Shut(BackupError):
+    """A repository that cannot be looked into: another password, or somebody's lock. That says nothing of damage."""
 
 
 class Repository:
@@ -45,7 +51,7 @@ class Repository:
     def __init__(self, site: Site, secrets: Secrets) -> None:
         self.site = site
         self.place: str = site.backup.place(site.name)
-        self._password = secrets.passwords["backup_repository"]
+        self._password = secrets.password("backup_repository")
         missing = [package for program, package in PROGRAMS.items() if not shutil.which(program)]
         if missing:
             raise BackupError(f"this machine lacks {' and '.join(missing)}; run: posthouse doctor --fix")
@@ -59,21 +65,35 @@ class Repository:
                 raise BackupError(f"{self.place}: damaged: its file config is gone; put it back from a copy")
             return False
         try:
-            self.restic("cat", "config")
+            self.restic("cat", "--no-lock", "config")
         except BackupError as error:
             if "Is there a repository" in str(error):
                 return False
             raise
         return True
 
-    def ensure(self) -> bool:
-        """Makes the repository if there is none; returns whether it did."""
-        if self.exists():
-            return False
+    def may_begin(self) -> None:
+        """Raises BackupError if the site's repository was here before: an empty one must not take its place unseen."""
+        if self._note.is_file() and self._note.read_text().strip() == self.place:
+            raise BackupError(
+                f"{self.place}: the site's backups were here, and nothing is here now; mount the disk that they are "
+                f"on, or put them back from a copy; if they are lost for good: rm {self._note}; nothing was changed"
+            )
+
+    def begin(self) -> None:
+        """Makes the repository."""
         if self.place.startswith("/"):
             Path(self.place).mkdir(mode=0o700, parents=True, exist_ok=True)
         self.restic("init")
-        return True
+
+    def note(self) -> None:
+        """Keeps in mind where the repository is; see `may_begin`."""
+        self._note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._note.write_text(f"{self.place}\n")
+
+    @property
+    def _note(self) -> Path:
+        return NOTES / self.site.name
 
     def require(self) -> None:
         """Raises BackupError unless the repository is there and opens."""
@@ -83,35 +103,61 @@ class Repository:
                 f"or make the first one: posthouse backup {self.site.name}"
             )
 
+    def damage(self, quick: bool = True) -> list[str]:
+        """What restic finds damaged, a line each. quick: whether all files are there and fit together; else every byte.
+
+        Whoever asks holds the site's lock: what others add meanwhile would look like damage. restic's own lock is not
+        asked for, for one that was left by a command that was killed would stand in the way. Raises Shut.
+        """
+        done = self._done("check", "--no-lock", *([] if quick else ["--read-data"]))
+        complaint = done.stderr.strip() or done.stdout.strip() or "restic failed without a word"
+        error = _error(self.place, complaint)
+        if done.returncode and isinstance(error, Shut):
+            raise error
+        return [line.strip() for line in complaint.splitlines() if line.strip()] if done.returncode else []
+
+    def need_intact(self) -> None:
+        """Raises BackupError if the repository is damaged as far as `damage` sees at a glance."""
+        if damage := self.damage():
+            raise BackupError(
+                f"{self.place}: damaged: {damage[0]}; put it back from a copy, or name another place for new backups "
+                "in backup.repository; nothing was changed"
+            )
+
     def restic(self, *arguments: str, text: str | None = None) -> str:
         """What restic prints, run on the controller with all rights. Raises BackupError with what it complained of."""
-        environment = os.environ | {"RESTIC_REPOSITORY": self.place, "RESTIC_PASSWORD": self._password}
-        done = subprocess.run(
+        done = self._done(*arguments, text=text)
+        if done.returncode:
+            raise _error(self.place, done.stderr.strip() or done.stdout.strip())
+        return done.stdout
+
+    def _done(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             ["restic", "--no-cache", *arguments],
-            env=environment,
+            env=os.environ | {"RESTIC_REPOSITORY": self.place, "RESTIC_PASSWORD": self._password},
             input=text or "",
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode:
-            raise BackupError(f"{self.place}: {_advice(done.stderr.strip() or done.stdout.strip())}")
-        return done.stdout
 
     def dump(self, snapshot: str, path: str) -> bytes:
         """One file out of a snapshot."""
         environment = os.environ | {"RESTIC_REPOSITORY": self.place, "RESTIC_PASSWORD": self._password}
         done = subprocess.run(
-            ["restic", "--no-cache", "dump", snapshot, path], env=environment, capture_output=True, check=False
+            ["restic", "--no-cache", "dump", "--no-lock", snapshot, path],
+            env=environment,
+            capture_output=True,
+            check=False,
         )
         if done.returncode:
-            raise BackupError(f"{self.place}: {_advice(done.stderr.decode(errors='replace').strip())}")
+            raise _error(self.place, done.stderr.decode(errors="replace").strip())
         return done.stdout
 
     def snapshots(self) -> list[dict[str, Any]]:
         """The site's snapshots, oldest first: [{"id", "run", "part", "time", "paths"}]."""
         found = []
-        for item in json.loads(self.restic("snapshots", "--json", "--host", self.site.name)) or []:
+        for item in json.loads(self.restic("snapshots", "--no-lock", "--json", "--host", self.site.name)) or []:
             tags = dict(tag.partition("=")[::2] for tag in item.get("tags") or ())
             if "run" in tags:
                 place = {"id": item["id"], "time": item["time"], "paths": item["paths"]}
@@ -121,6 +167,7 @@ class Repository:
     @contextlib.contextmanager
     def lent(self, remote: Remote) -> Iterator[Lent]:
         """Lends the repository to nodes for a while: they can read and add, and not remove."""
+        self.restic("unlock")  # what a command of ours that was killed has left
         port, password = _free_port(), random.token_urlsafe(24)
         served = self.place.removeprefix("rclone:")
         server = subprocess.Popen(
@@ -206,15 +253,19 @@ def summary(printed: str) -> dict[str, Any]:
     raise BackupError("restic did not say what it backed up; run the command again")
 
 
-def _advice(complaint: str) -> str:
+def _error(place: str, complaint: str) -> BackupError:
     """restic's complaint as one sentence with what to do."""
     if "wrong password" in complaint or "no key found" in complaint:
-        return (
-            "the password in the site's secrets (backup_repository) does not open it; put back the secrets that it was "
-            "made with"
+        return Shut(
+            f"{place}: the password in the site's secrets (backup_repository) does not open it; put back the secrets "
+            "that it was made with"
         )
     line = " / ".join(part.strip() for part in complaint.splitlines() if part.strip())
-    return f"{line or 'restic failed without a word'}; see what is damaged with: posthouse backup check"
+    if "already locked" in complaint:
+        return Shut(f"{place}: {line}; wait for whoever that is; if nobody is: restic -r {place} unlock --remove-all")
+    return BackupError(
+        f"{place}: {line or 'restic failed without a word'}; see what is damaged with: posthouse backup check"
+    )
 
 
 def _rclone_config() -> str:

@@ -9,18 +9,18 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from posthouse import run
 from posthouse import secrets as all_secrets
-from posthouse.directory import Account, Directory
+from posthouse.directory import Account, AddressTaken, Directory
 from posthouse.mailboxes import Mailboxes
 from posthouse.model import Site
 from posthouse.ops import entries, past
 from posthouse.ops.backup import DIRECTORY, QUEUE_SNAPSHOT, QUEUES, Backup, backups, choose, stands
-from posthouse.ops.merge import Wanted, account_mail
+from posthouse.ops.merge import Wanted, account_mail, extent
 from posthouse.ops.past import Held
 from posthouse.ops.repository import BackupError, Lent, Repository
 from posthouse.remote import Remote
@@ -29,6 +29,7 @@ from posthouse.secrets import Secrets
 Say = Callable[[str], None]
 # Queues of which backups came back already, on each node: mail must not be sent twice.
 DONE = "/var/lib/posthouse/restored-queues"
+RESTORED = "/srv/postfix/restored"
 
 
 @dataclass
@@ -84,6 +85,9 @@ def mail(
     site: Site, secrets: Secrets, address: str, wanted: Wanted, *, at: str | None = None, check: bool = False
 ) -> Restored:
     """Brings an account's mail back from the newest backup that has what is wanted. Raises BackupError, StoreError."""
+    address = address.lower()
+    if wanted.identifier and not (wanted.identifier.isascii() and wanted.identifier.isprintable()):
+        raise BackupError(f"message {wanted.identifier!r}: a Message-ID is ASCII; copy it out of the message's header")
     with opened(site, secrets, at) as here:
         account = here.directory.get(address)
         if account is None:
@@ -96,6 +100,7 @@ def account(site: Site, secrets: Secrets, address: str, *, at: str | None = None
 
     One that exists keeps its entry, and gets its mail. Aliases that are another account's now are left out.
     """
+    address = address.lower()
     with opened(site, secrets, at) as here:
         existing = here.directory.get(address)
         if existing:
@@ -106,33 +111,46 @@ def account(site: Site, secrets: Secrets, address: str, *, at: str | None = None
                 break
         else:
             raise BackupError(f"no backup has the account {address}; see: posthouse backup list")
-        here.found = [one for one in here.found if one.name == backup.name]
         wish, password = entries.read(here.directory, entry)
         if wish.store not in site.stores:
             raise BackupError(f"{address}: its store {wish.store} is no longer in the site; add one of that name")
         taken = here.directory.holders([wish.address, *wish.aliases])
+        if wish.address in taken:
+            raise BackupError(
+                f"{address} is an alias of {taken[address].address} now; take it away there first; nothing was changed"
+            )
+        held = here.contents.find(backup, address, wish.store)
+        if held is None:
+            raise BackupError(
+                f"{address}: the backup {backup.name} has its entry and no mailbox; look into an older one with --at; "
+                "nothing was changed"
+            )
         steps = [f"entry with {', '.join(a for a in (wish.address, *wish.aliases) if a not in taken)}"]
         steps += [f"without {alias}: it is {taken[alias].address}'s now" for alias in wish.aliases if alias in taken]
-        if check:
-            held = here.contents.find(backup, address, wish.store)
-            return Restored(address, backup.name, [*steps, "mailbox" if held else "an empty mailbox"], 0, 0)
-        if wish.address in taken:
-            raise BackupError(f"{address} is an alias of {taken[address].address} now; take it away there first")
         kept = Account(**{**vars(wish), "aliases": tuple(a for a in wish.aliases if a not in taken)})
-        # As when it was made: the entry last, so that mail is accepted only when the mailbox is there.
-        mailboxes = Mailboxes(site.stores[kept.store], secrets)
-        try:
+        store = site.stores[kept.store]
+        mailboxes = Mailboxes(store, secrets)
+        node = here.primaries[kept.store]
+        with (
+            # First, so that nothing is made for what does not come out of the backup.
+            past.opened(site, secrets, here.remote, here.lent, node, held, store) as (then, _),
+            closing(mailboxes),
+        ):
+            if check:
+                folders, messages = extent(then, store, address)
+                return Restored(address, backup.name, [*steps, f"mailbox with {folders} folders"], messages, 0)
+            # As when it was made: the entry last, so that mail is accepted only when the mailbox is there.
             mailboxes.make(address)
             mailboxes.set_quota(address, 0)
-            done = _mail(here, kept.store, address, Wanted(), False)
+            done = account_mail(secrets, then, store, address, Wanted(), False)
+            if done is None:
+                raise BackupError(f"{address}: its mailbox in the backup {backup.name} has no folder that can be read")
             mailboxes.set_quota(address, kept.quota)
             threshold = site.accounts.spam_threshold if kept.spam_threshold is None else kept.spam_threshold
             mailboxes.install_script(address, threshold)
-        finally:
-            mailboxes.close()
         here.directory.add(kept, password)
-        done.steps = steps + done.steps
-        return done
+        came, count, there = done
+        return Restored(address, backup.name, steps + came, count, there)
 
 
 def directory(site: Site, secrets: Secrets, *, at: str | None = None, check: bool = False) -> dict[str, Any]:
@@ -269,6 +287,10 @@ class Filling:
 
 
 def _mail(here: Opened, store: str, address: str, wanted: Wanted, check: bool) -> Restored:
+    if store not in here.site.stores:
+        raise BackupError(
+            f"{address} is on {store}, which is not in the site file; put it back there; nothing was changed"
+        )
     target = here.site.stores[store]
     node = here.primaries[store]
     looked = []
@@ -297,13 +319,10 @@ def _directory(
     try:
         live.counts(most=1)  # finds out whether a provider can be used at all
         dump = f"slapcat -f /etc/ldap/slapd.conf -b {site.suffix} -o ldif-wrap=no"
-        have = entries.accounts(remote.run(site.directory.providers[0], dump, timeout=3600).encode())
+        have = entries.accounts(remote.run(live.provider, dump, timeout=3600).encode())
         missing, changed = entries.plan(have, want)
         if not check:
-            for _, dn, entry in missing:
-                live.put(dn, entry)
-            for _, dn, attributes in changed:
-                live.replace(dn, attributes)
+            _carry_out(live, missing, changed)
     finally:
         live.close()
     return {
@@ -313,32 +332,63 @@ def _directory(
     }
 
 
+def _carry_out(live: Directory, missing: entries.Changes, changed: entries.Changes) -> None:
+    """Sets and makes entries. An address may be another account's by now, which has to let go of it first."""
+    late = []
+    for address, dn, attributes in changed:
+        try:
+            live.replace(dn, attributes)
+        except AddressTaken:
+            late.append((address, dn, attributes))
+    for act, changes in ((live.replace, late), (live.put, missing)):
+        for address, dn, attributes in changes:
+            try:
+                act(dn, attributes)
+            except AddressTaken as error:
+                raise BackupError(
+                    f"{address}: {error}, one that was made since; take it away there by posthouse account alias "
+                    "--remove, and run the command again: it does the rest"
+                ) from None
+
+
 def _queue(
     site: Site, lent: Lent, remote: Remote, backup: Backup, source: str, node: str, check: bool
 ) -> dict[str, Any]:
     """Hands queued messages to the pickup of the same Postfix: it gives each a new name, and recipients that were
-    served stay served."""
+    served stay served.
+
+    A message leaves `folder` in the moment in which it is queued; so the folder that a run left which was killed has
+    the rest.
+    """
     snapshot = backup.parts[f"queues:{source}"]
-    folder = "/srv/postfix/restored"
+    folder = f"{RESTORED}/{backup.name}-{source}"
     counts: dict[str, int] = {}
-    lent.run(node, f"rm -rf {folder}\nrestic restore --quiet {snapshot}:{QUEUE_SNAPSHOT} --target {folder}")
+    lent.run(
+        node,
+        f"test -d {folder} && exit\nrm -rf {folder}.new\ninstall -d -m 0700 {RESTORED}\n"
+        f"restic restore --quiet {snapshot}:{QUEUE_SNAPSHOT} --target {folder}.new\n"
+        f"{'' if check else f'mv {folder}.new {folder}'}",
+    )
     for tier in QUEUES:
         if tier not in site.nodes[node].tiers:
             continue
         mark = f"{backup.name}/{source}/{tier}"
         script = f"""set -eu
-mkdir -p /var/lib/posthouse; touch {DONE}
-cd {folder}/{tier} 2>/dev/null || {{ echo 0; exit; }}
-if grep -qx {mark} {DONE}; then echo 0; exit; fi
+cd {folder}/{tier} 2>/dev/null || cd {folder}.new/{tier} 2>/dev/null || {{ echo 0; exit; }}
+if grep -qsx {mark} {DONE}; then echo 0; exit; fi
 find incoming active deferred hold maildrop -type f | wc -l
 test {int(check)} = 1 && exit
 find incoming active deferred hold maildrop -type f | while read -r file; do
-    install -o postfix -g postdrop -m 0700 "$file" "/srv/postfix/{tier}/maildrop/.new"
-    mv "/srv/postfix/{tier}/maildrop/.new" "/srv/postfix/{tier}/maildrop/$(basename "$file")"
+    chown postfix:postdrop "$file"
+    chmod 0700 "$file"
+    touch "$file"  # it is as old as its queue takes it for
+    mv "$file" "/srv/postfix/{tier}/maildrop/$(basename "$file")"
 done
+mkdir -p /var/lib/posthouse
 echo {mark} >>{DONE}
 postqueue -c {"/etc/postfix" if tier == "mx" else f"/etc/postfix-{tier}"} -f
 """
         counts[tier] = int(remote.run(node, "bash -s", script).split()[0])
-    remote.run(node, f"rm -rf {folder}")
+    done = f"{folder}.new" if check else f"{folder}.new {folder}"
+    remote.run(node, f"rm -rf {done}; rmdir --ignore-fail-on-non-empty {RESTORED}")
     return {"backup": backup.name, "node": node, "messages": counts}
