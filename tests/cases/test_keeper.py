@@ -56,6 +56,11 @@ def test_after_a_planned_change_all_are_in_sync() -> None:
     assert "to" not in record
 
 
+def test_a_former_replica_is_in_sync_no_more() -> None:
+    record = decide.renewed(STATE, {"a": "1", "c": "3"}, [], {}, {"c": 0.2})
+    assert (record["in_sync"], record["base"]) == (["c"], {"a": "1", "c": "3"})
+
+
 def test_a_late_replica_is_struck_off_and_stays_complete_but_for_the_log() -> None:
     record = decide.renewed(STATE, COPIES, [], {}, {"b": decide.LATE, "c": 0.2})
     assert record["in_sync"] == ["c"]

@@ -275,6 +275,22 @@ def test_a_replica_that_was_struck_off_is_not_waited_for(running: SimpleNamespac
     assert client.getreply()[0] == 250
 
 
+def test_a_node_that_the_store_had_before_is_waited_for_until_the_record_is_without_it(
+    running: SimpleNamespace,
+) -> None:
+    running.told["confirm"] = ["mail2", "mail9"]
+    client = connected(running)
+    begin(client, "alice@lab.test")
+    send(client)
+    client.sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        client.sock.recv(1)
+    client.sock.settimeout(10)
+    running.told["confirm"] = ["mail2"]
+    client.file = None
+    assert client.getreply()[0] == 250
+
+
 def test_nothing_is_acknowledged_when_the_time_is_up(running: SimpleNamespace) -> None:
     client = connected(running)
     running.log.write_text("APPEND user.alice\n")
