@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,11 @@ def plan(
         raise Refused(
             f"{site.name}: {reason}; run: posthouse upgrade --rehearse --site {site.name}; nothing was changed"
         )
+    # By the time that the next is drained, what is out now is back.
+    then = replace(have, drained=have.drained - have.upgrading)
     for name in wanted:
-        drain_plan(site, have, name)
+        if name not in have.upgrading:
+            drain_plan(site, then, name)
     return [step for name in wanted for step in _of_node(name, updates.get(name, {}))]
 
 
