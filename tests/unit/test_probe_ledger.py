@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
@@ -165,3 +166,28 @@ def test_statistics():
     assert tries.statistics("s01").attempts == tries.statistics("s02").attempts == 6
     assert found.p50 is not None
     assert found.longest_silence > 0
+
+
+class Stuck(Clients):
+    """The first attempt is under way until it is let go; the others succeed at once."""
+
+    def __init__(self, people: list[Person]) -> None:
+        super().__init__(people, rate=1000, count=2, threads=2)
+        self.let_go = threading.Event()
+
+    def attempt(self, person: Person, number: int) -> None:
+        if number == 1:
+            self.let_go.wait()
+
+
+def test_what_is_still_under_way_at_the_end_is_no_silence():
+    """How long the last attempt takes after the end says nothing of the time before."""
+    clients = Stuck([Person("a@lab.test", "", "s01")])
+    clients.start()
+    eventually(lambda: clients.taken == 1, 10, "the second attempt")
+    clients.end()
+    before = clients.longest_silence()
+    clients.let_go.set()
+    clients.stop()
+    assert clients.taken == 2
+    assert clients.longest_silence() == before

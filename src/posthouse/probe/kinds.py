@@ -101,8 +101,9 @@ class Clients(ABC):
 
     def longest_silence(self, store: str | None = None) -> float:
         """The longest time in which no attempt succeeded (for people of that store), its ends included; seconds."""
-        good = [o.at for o in self._outcomes if o.failure is None and store in (None, o.person.store)]
-        marks = sorted([self._started, *good, self._stopped or time.monotonic()])
+        end = self._stopped or time.monotonic()
+        good = [o.at for o in self._outcomes if o.failure is None and store in (None, o.person.store) and o.at < end]
+        marks = sorted([self._started, *good, end])
         return max(after - before for before, after in pairwise(marks))
 
     def statistics(self, store: str | None = None) -> Statistics:
@@ -136,8 +137,9 @@ class Clients(ABC):
         return any(thread.is_alive() for thread in self._threads)
 
     def end(self) -> None:
-        """Begins nothing more; returns at once."""
+        """Begins nothing more; returns at once. What is under way may last: that is nobody's silence."""
         self._ended.set()
+        self._stopped = self._stopped or time.monotonic()
 
     def stop(self) -> None:
         """Lets what is under way finish, and ends. Raises TimeoutError if it does not."""
@@ -146,7 +148,6 @@ class Clients(ABC):
             thread.join(LONGEST)
             if thread.is_alive():
                 raise TimeoutError(f"{type(self).__name__}: an attempt has been under way for {LONGEST} s")
-        self._stopped = time.monotonic()
 
     def __enter__(self) -> Self:
         self.start()
