@@ -124,18 +124,6 @@ def test_a_message_is_passed_on_as_it_is_and_nothing_behind_it(message: bytes, s
     assert rest == b"QUIT\r\n"
 
 
-@pytest.mark.parametrize(
-    ("line", "account"),
-    [
-        (b"RCPT TO:<Alice+Work@Lab.test> NOTIFY=NEVER\r\n", "alice@lab.test"),
-        (b"RCPT TO: <bob@lab.test>\r\n", "bob@lab.test"),
-        (b"MAIL FROM:<>\r\n", ""),
-    ],
-)
-def test_an_account_is_known_by_its_address_without_detail(line: bytes, account: str) -> None:
-    assert lmtp.address(line) == account
-
-
 # --- the dialogue ---
 
 
@@ -164,19 +152,6 @@ class Lmtpd:
         writer.close()
 
 
-class Held:
-    """Stands for what etcd keeps."""
-
-    def __init__(self) -> None:
-        self.accounts: set[str] = set()
-
-    async def add(self, account: str) -> None:
-        self.accounts.add(account)
-
-    async def remove(self, account: str) -> None:
-        self.accounts.discard(account)
-
-
 @pytest.fixture
 def running(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A gate on a port of its own, in a thread of its own, with one replica that is in sync."""
@@ -187,7 +162,6 @@ def running(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     (tmp_path / "sync").mkdir()
     monkeypatch.setattr(gate_module, "TLS", str(tmp_path))
     monkeypatch.setattr(gate_module, "members", lambda: {"mail1": "10.77.0.21"})
-    monkeypatch.setattr(gate_module.holds, "Holds", lambda place: Held())
     told = {"role": "primary", "until": gate_module.clock() + 600, "confirm": ["mail2"]}
     place = SimpleNamespace(
         store="s01",
@@ -314,34 +288,22 @@ def test_who_did_not_log_in_is_told_to_come_back(running: SimpleNamespace) -> No
         client.login("lmtp", "wrong")
 
 
-def test_an_account_on_hold_gets_no_mail_and_others_do(running: SimpleNamespace) -> None:
-    async def tell(*lines: str) -> list[str]:
-        reader, writer = await asyncio.open_unix_connection(running.control)
-        answers = []
-        for line in lines:
-            writer.write(f"{line}\n".encode())
-            answers.append((await reader.readline()).decode().strip())
-        writer.close()
-        return answers
-
-    assert asyncio.run(tell("HOLD Alice@lab.test", "HELD", "nonsense"))[:2] == ["OK", "OK alice@lab.test"]
-    client = connected(running)
-    assert begin(client, "alice+work@lab.test", "bob@lab.test") == [451, 250]
-    client.rset()
-    assert asyncio.run(tell("RELEASE alice@lab.test")) == ["OK"]
-    assert begin(client, "alice+work@lab.test") == [250]
-
-
-def test_hold_waits_for_what_is_in_hand(running: SimpleNamespace) -> None:
-    client = connected(running)
+def test_drain_waits_for_what_is_in_hand_and_ends_with_its_connection(running: SimpleNamespace) -> None:
+    client, other = connected(running), connected(running)
     assert begin(client, "alice@lab.test") == [250]
 
-    async def hold() -> bytes:
+    async def drain() -> None:
         reader, writer = await asyncio.open_unix_connection(running.control)
-        writer.write(b"HOLD alice@lab.test\n")
+        writer.write(b"nonsense\nDRAIN\n")
+        assert (await reader.readline()).startswith(b"ERR")
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(reader.readline(), 0.3)
+        assert (await asyncio.to_thread(other.mail, "stranger@example.net"))[0] == 451
         await asyncio.to_thread(client.rset)
-        return await asyncio.wait_for(reader.readline(), 10)
+        assert await asyncio.wait_for(reader.readline(), 10) == b"OK\n"
+        writer.close()
 
-    assert asyncio.run(hold()) == b"OK\n"
+    asyncio.run(drain())
+    deadline = time.monotonic() + 10
+    while other.mail("stranger@example.net")[0] != 250:
+        assert time.monotonic() < deadline, "no mail is taken though nobody drains"

@@ -76,11 +76,3 @@ async def pass_message(reader, writer):
             await writer.drain()
         if over:
             return
-
-
-def address(argument):
-    """The mailbox of MAIL FROM:<…> or RCPT TO:<…> in lower case and without +detail, as accounts are named."""
-    match = re.search(rb":\s*<([^>]*)>", argument)
-    text = match[1].decode("utf-8", "replace").strip('"').lower() if match else ""
-    local, at, domain = text.rpartition("@")
-    return f"{local.partition('+')[0]}{at}{domain}" if at else text
