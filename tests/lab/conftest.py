@@ -8,6 +8,7 @@ shared by all tests; what a test breaks it puts back, and those that break the m
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -153,6 +154,21 @@ class Nodes:
             time.sleep(1)
 
 
+def settled(site: Any) -> dict[str, failover.State]:
+    """Waits until every store is served, and has a replica that could take over."""
+
+    def sound() -> dict[str, failover.State] | None:
+        with contextlib.suppress(failover.FailoverError):
+            states = failover.states(site, watch=True)
+            if all(state.alive and state.in_sync for state in states.values()):
+                return states
+        return None
+
+    found = eventually(sound, 120, "a primary and a replica in sync for every store")
+    assert found
+    return found
+
+
 @pytest.fixture(scope="session")
 def site(pytestconfig: pytest.Config) -> Any:
     """The site model."""
@@ -260,3 +276,13 @@ def full(platform: Platform, friend: str, people: Any) -> Person:
     with Imap(platform, people.tiny) as imap:
         eventually(lambda: imap.messages(filler.id), 20, "the message that fills the mailbox")
     return people.tiny
+
+
+@pytest.fixture
+def home(site: Any, posthouse: Callable[..., str]) -> Iterator[dict[str, failover.State]]:
+    """Every store is where site.yml has it, before and afterwards."""
+    settled(site)
+    posthouse("failback", "--all", "--site", site.name)
+    yield settled(site)
+    settled(site)
+    posthouse("failback", "--all", "--site", site.name)

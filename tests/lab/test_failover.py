@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import settled
 
 from posthouse import lab, run, secrets
 from posthouse.ops import failover
@@ -25,21 +26,6 @@ from posthouse.probe.ledger import Ledger, Stream, assert_all_there
 
 SENDER = "stranger@example.net"
 BACK = 10.0  # s, within which a store's users are served again
-
-
-def settled(site: Any) -> dict[str, failover.State]:
-    """Waits until every store is served, and has a replica that could take over."""
-
-    def sound() -> dict[str, failover.State] | None:
-        with contextlib.suppress(failover.FailoverError):
-            states = failover.states(site, watch=True)
-            if all(state.alive and state.in_sync for state in states.values()):
-                return states
-        return None
-
-    found = eventually(sound, 120, "a primary and a replica in sync for every store")
-    assert found
-    return found
 
 
 def until_served(platform: Platform, person: Person, since: float) -> float:
@@ -73,16 +59,6 @@ def paused(nodes: Any, node: str, unit: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(AssertionError):
             nodes.run(node, f"systemctl kill --signal=CONT {unit}")
-
-
-@pytest.fixture
-def home(site: Any, posthouse: Callable[..., str]) -> Iterator[dict[str, failover.State]]:
-    """Every store is where site.yml has it, before and afterwards."""
-    settled(site)
-    posthouse("failback", "--all", "--site", site.name)
-    yield settled(site)
-    settled(site)
-    posthouse("failback", "--all", "--site", site.name)
 
 
 def test_planned(platform, nodes, friend, people, world, site, posthouse, home):

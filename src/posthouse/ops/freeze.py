@@ -69,4 +69,4 @@ class Freeze:
         except (subprocess.TimeoutExpired, ValueError):
             complaint = ""
         reason = complaint.strip().rpartition("\n")[2] or "the node does not answer"
-        return FreezeError(f"{self._where} is not frozen: {reason}; nothing was changed, run the command again")
+        return FreezeError(f"{self._where} is not frozen: {reason}; run the command again")

@@ -33,8 +33,7 @@ from posthouse import PosthouseError, inventory
 from posthouse.directory import Directory, DirectoryError
 from posthouse.mailboxes import Mailboxes, StoreError, quoted
 from posthouse.model import Site
-from posthouse.ops import mailbox_state
-from posthouse.ops.failover import primaries
+from posthouse.ops import failover, mailbox_state
 from posthouse.ops.freeze import Freeze, FreezeError
 from posthouse.ops.mailbox_state import MailboxState
 from posthouse.remote import Remote, RemoteError
@@ -49,6 +48,9 @@ CYR_EXPIRE = "runuser -u cyrus -- /usr/lib/cyrus/bin/cyr_expire"
 # What a copy may fill of the space that is free on a node.
 FILL = 0.9
 TRIES = 3
+# s for a store's replicas to get all that came: at first a whole mailbox, then the rest of it while writers wait.
+REPLICATED = 600
+REPLICATED_SOON = 10
 
 
 class MoveError(PosthouseError):
@@ -80,11 +82,14 @@ class Move:
 
 @dataclass
 class Moved:
-    """What was done. `pause`: seconds for which writing waited; `carried`: messages that came to the source late."""
+    """What was done. `switched`: whether the account is the target's now; `pause`: seconds for which writing waited;
+    `carried`: messages that came to the source late.
+    """
 
     address: str
     source: str
     target: str
+    switched: bool = False
     passes: int = 0
     messages: int = 0
     pause: float | None = None
@@ -212,7 +217,7 @@ class Mover:
         moved = Moved(move.address, move.source, move.target, messages=move.messages)
         started = time.monotonic()
         try:
-            self._own.serving = primaries(self.site, self._remote)
+            self._own.states = failover.states(self.site, self._remote)
             if move.left:
                 self._finish(move.address, move.left[0], move.source, move.left[1])
             if move.source == move.target:
@@ -221,9 +226,7 @@ class Mover:
             pace.wait()
             due = self._move(moved)
         except Exception as error:  # whatever it is, the others go on
-            moved.error = str(error)
-            self._say(move.address, "failed")
-            return moved, None
+            return self._failed(moved, error), None
         finally:
             moved.seconds = round(time.monotonic() - started, 2)
         return moved, due
@@ -233,13 +236,18 @@ class Mover:
             return moved
         time.sleep(max(0.0, due - time.monotonic()))
         try:
+            self._own.states = failover.states(self.site, self._remote)
             moved.carried += self._let_go(moved.address, moved.source, moved.target)
             self._say(moved.address, "done")
         except Exception as error:  # whatever it is, the others go on
-            moved.error = (
-                f"{moved.address} is on {moved.target}, but its former copy on {moved.source} is left: {error}"
-            )
-            self._say(moved.address, "failed")
+            self._failed(moved, error)
+        return moved
+
+    def _failed(self, moved: Moved, error: Exception) -> Moved:
+        moved.error = str(error)
+        if moved.switched:
+            moved.error = f"it is on {moved.target}, but its former copy on {moved.source} is left: {error}"
+        self._say(moved.address, "failed")
         return moved
 
     @contextlib.contextmanager
@@ -266,6 +274,7 @@ class Mover:
             moved.passes += 1
             if time.monotonic() - started < SHORT:
                 break
+        self._replicate(target, REPLICATED)
         for _ in range(TRIES):
             found = self._switch(moved)
             if not found:
@@ -291,9 +300,12 @@ class Mover:
             want, have = self._read(address, source, target, (here, there))
             if found := mailbox_state.differences(want, have):
                 return found
+            # From the next step on nobody but the target's nodes has what counts.
+            self._replicate(target, REPLICATED_SOON)
             frozen.commit(self._remembered)
             self._say(address, "switching")
             self._make_theirs(address, source, target, frozen)
+            moved.switched = True
             moved.messages = want.size
             moved.notes += self._send_sessions_on(address, target)
             frozen.end()
@@ -351,13 +363,21 @@ class Mover:
         with self._mailboxes(store).acting_for(address) as here:
             folders = {name: name for name in mailbox_state.folders(here)}
             count = self._carry(here, folders, address, theirs, since=0)
+        self._replicate(theirs, REPLICATED)
         self._mailboxes(store).delete(address)
         return count
 
     def _primary(self, store: str) -> str:
         """The node that serves a store, as it was when this thread's move began."""
-        found: dict[str, str] = self._own.serving
-        return found[store]
+        states: dict[str, failover.State] = self._own.states
+        return states[store].primary if store in states else self.site.stores[store].primary
+
+    def _replicate(self, store: str, seconds: float) -> None:
+        """Waits until the replicas that could have taken over when this began could do so with all that came since."""
+        states: dict[str, failover.State] = self._own.states
+        if store in states and (replicas := states[store].in_sync):
+            command = shlex.join([failover.KEEPER, "replicated", store, f"{seconds:g}", *replicas])
+            self._remote.run(states[store].primary, command, timeout=seconds + 10)
 
     def _start_link(self, source: str, target: str) -> None:
         """The way for copies: stunnel on the source's primary; see cyrus-move-STORE.service."""
@@ -421,6 +441,7 @@ class Mover:
         count = self._retire(address, source, target)
         if self._mailboxes(source).exists(address):
             count += self._take_strays(address, source, target)
+        self._replicate(target, REPLICATED)
         self._directory.settled(address)
         return count
 
