@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import pytest
 from conftest import settled
+from test_failover import paused
 
 from posthouse import lab, run, secrets
 from posthouse.mailboxes import Mailboxes, ManageSieve, quoted
-from posthouse.ops import mailbox_state
+from posthouse.ops import failover, mailbox_state
 from posthouse.ops.mailbox_state import MailboxState, differences
 from posthouse.probe.clients import Imap, Person, Platform, eventually, letter
 from posthouse.probe.ledger import Ledger, Stream, assert_all_there
@@ -264,6 +265,32 @@ def can_write(platform: Platform, person: Person) -> bool:
         imap.sock.settimeout(5)
         return imap.append("Drafts", "", "", letter("me@example.net", person.address).data)[0] == "OK"
     return False
+
+
+def test_replica_behind(site, platform, nodes, make, stores, home):
+    """An account is the target store's only when a second node has it: the move waits for the target's replica"""
+    (person,) = make(1)
+    target = stores.target.store
+    said: list[str] = []
+    with paused(nodes, home[target.name].primary, f"'cyrus-sync-{target.name}@*'"):
+        process = mover(site, person.address, "--to", target.name)
+        reading = threading.Thread(target=lambda: said.extend(process.stderr))
+        reading.start()
+        # Until the store goes on without its replica, and longer.
+        eventually(lambda: not failover.states(site)[target.name].in_sync, 60, "a replica that is struck off")
+        time.sleep(2)
+        assert said[-1].strip() == f"{person.address}: copying"
+        assert can_write(platform, person)
+    assert process.wait(timeout=120) == 0, said
+    reading.join()
+    state = stores.state(stores.target, person)
+    lab.kill(site.name, home[target.name].primary)
+    try:
+        eventually(lambda: serves(stores.target), 60, "the target store, served by its replica")
+        assert differences(state, stores.state(stores.target, person)) == []
+    finally:
+        lab.start(site.name, home[target.name].primary)
+    eventually(lambda: nodes.serving(home[target.name].primary), 120, "the node serving again")
 
 
 @pytest.mark.full

@@ -102,7 +102,8 @@ class Moved:
 def lacking_room(moves: Iterable[Move], nodes: dict[str, list[str]], free: dict[str, int]) -> list[str]:
     """Nodes that cannot take what would come to them: sentences.
 
-    nodes: {store: its primary and replicas}; free: {node: bytes}.
+    nodes: {store: its primary and replicas}; free: {node: bytes}. One that is not there, because it does not answer, gets
+    what is its own when it is back, and that is counted then.
     """
     coming: dict[str, int] = defaultdict(int)
     for move in moves:
@@ -112,7 +113,7 @@ def lacking_room(moves: Iterable[Move], nodes: dict[str, list[str]], free: dict[
     return [
         f"{node} has {free[node] / 2**20:.0f} MiB free, and {size / 2**20:.0f} MiB would come"
         for node, size in coming.items()
-        if size > free[node] * FILL
+        if node in free and size > free[node] * FILL
     ]
 
 
@@ -176,9 +177,11 @@ class Mover:
     def _check_room(self, moves: list[Move]) -> None:
         stores = {move.target for move in moves if move.source != move.target}
         nodes = {name: [self.site.stores[name].primary, *self.site.stores[name].replicas] for name in stores}
-        command = "df --output=avail -B1 /srv | tail -1"
-        free = self._remote.each({node for names in nodes.values() for node in names}, command)
-        lacking = lacking_room(moves, nodes, {node: int(text) for node, text in free.items()})
+        free: dict[str, int] = {}
+        for node in {node for names in nodes.values() for node in names}:
+            with contextlib.suppress(RemoteError):
+                free[node] = int(self._remote.run(node, "df --output=avail -B1 /srv | tail -1"))
+        lacking = lacking_room(moves, nodes, free)
         if lacking:
             raise MoveError(f"no room: {'; '.join(lacking)}; make room there, or move fewer accounts")
 
