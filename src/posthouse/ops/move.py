@@ -102,8 +102,8 @@ class Moved:
 def lacking_room(moves: Iterable[Move], nodes: dict[str, list[str]], free: dict[str, int]) -> list[str]:
     """Nodes that cannot take what would come to them: sentences.
 
-    nodes: {store: its primary and replicas}; free: {node: bytes}. One that is not there, because it does not answer, gets
-    what is its own when it is back, and that is counted then.
+    nodes: {store: its primary and replicas}; free: {node: bytes}. A node that does not answer is not in it: it gets what
+    is its own when it is back.
     """
     coming: dict[str, int] = defaultdict(int)
     for move in moves:
