@@ -165,6 +165,13 @@ class Directory:
         }
         self._ask(lambda c: c.modify(self._dn(address), changes), again=False)
 
+    def stay(self, address: str, store: str) -> None:
+        """Makes a store the account's whatever was asked before, with no copy elsewhere. Raises DirectoryError."""
+        self.replace(
+            self._dn(address),
+            {"mailHost": [self._site.stores[store].host.encode()], "posthouseMovedFrom": []},
+        )
+
     def moved(self, address: str) -> tuple[str, int] | None:
         """The store that has a former copy of the account's mailbox, and since when. Raises DirectoryError."""
         found = self._search(self._dn(address), "(posthouseMovedFrom=*)", ldap3.BASE, ["posthouseMovedFrom"])

@@ -128,8 +128,10 @@ class Mailboxes:
             raise self._error("ManageSieve", error) from None
         return found
 
-    def aside(self, address: str) -> dict[str, str]:
-        """What the last `delete` put aside: {a folder's name there: its name when it was the account's}.
+    def aside(self, address: str, since: int = 0) -> dict[str, str]:
+        """What the last `delete` put aside, if it was after `since` (seconds since 1970) or not long before.
+
+        Returns {a folder's name there: its name when it was the account's}.
 
         The administrator may read them from now on. Scripts are removed for good: should the account come back to this
         store, Cyrus would take the mailbox with its scripts out of there, and not install them. Raises StoreError.
@@ -142,7 +144,8 @@ class Mailboxes:
             matches = [match for name in folder_names(answer) if (match := pattern.fullmatch(name))]
             # Its folders go one after the other; a delete before this one was longer ago.
             last = max((int(match[2], 16) for match in matches), default=0)
-            names = {match[0]: match[1] or "INBOX" for match in matches if last - int(match[2], 16) < 60}
+            first = max(last, since) - 60
+            names = {match[0]: match[1] or "INBOX" for match in matches if int(match[2], 16) >= first}
             for name, own in names.items():
                 _expect(self._admin().setacl(quoted(name), "admin", "lrx"))
                 if own == "#sieve":

@@ -49,8 +49,8 @@ CYR_EXPIRE = "runuser -u cyrus -- /usr/lib/cyrus/bin/cyr_expire"
 FILL = 0.9
 TRIES = 3
 # s for a store's replicas to get all that came: at first a whole mailbox, then the rest of it while writers wait.
-REPLICATED = 600
-REPLICATED_SOON = 10
+REPLICATED = 600.0
+REPLICATED_SOON = 2.0
 
 
 class MoveError(PosthouseError):
@@ -102,8 +102,8 @@ class Moved:
 def lacking_room(moves: Iterable[Move], nodes: dict[str, list[str]], free: dict[str, int]) -> list[str]:
     """Nodes that cannot take what would come to them: sentences.
 
-    nodes: {store: its primary and replicas}; free: {node: bytes}. A node that does not answer is not in it: it gets what
-    is its own when it is back.
+    nodes: {store: its primary and replicas}; free: {node: bytes}, without those that do not answer: they get what is
+    theirs when they are back.
     """
     coming: dict[str, int] = defaultdict(int)
     for move in moves:
@@ -129,6 +129,7 @@ class Mover:
         self._remote = Remote(site)
         self._say = progress
         self._own = threading.local()
+        self._silent: set[str] = set()
         self._made: list[Directory | Mailboxes] = []
         # Longer than the access tier remembers which store is an account's.
         self._remembered = _seconds(site.settings("access")["access_cache_time"]) + 10
@@ -171,6 +172,7 @@ class Mover:
         left = self._directory.moved(address)
         if account.store == target:
             return Move(address, target, target, left=left)
+        self._check_there(address, account.store, target)
         messages, size = mailbox_state.extent(self._mailboxes(account.store), address)
         return Move(address, account.store, target, messages, size, left)
 
@@ -277,8 +279,8 @@ class Mover:
             moved.passes += 1
             if time.monotonic() - started < SHORT:
                 break
-        self._replicate(target, REPLICATED)
         for _ in range(TRIES):
+            self._replicate(target, REPLICATED)
             found = self._switch(moved)
             if not found:
                 self._say(address, "switched")
@@ -288,31 +290,34 @@ class Mover:
                 return time.monotonic() + (self._remembered if moved.notes else STRAGGLERS)
             self._copy(address, source, target)
         shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
-        raise MoveError(f"{address}: the copy on {target} is not the same: {shown}; the account stays on {source}")
+        raise MoveError(f"{address}: stays on {source}; the copy on {target} is not ready: {shown}")
 
     def _switch(self, moved: Moved) -> list[str]:
-        """Freezes the source, and makes the target the account's if it is the same. Returns what is not."""
+        """Freezes the source, and makes the target the account's if it is the same. Returns what it lacks."""
         address, source, target = moved.address, moved.source, moved.target
         here, there = self._read(address, source, target)
+        # A provider that has died meanwhile is found out now, and not while writers wait.
+        self._check_on(address, source)
         self._say(address, "freezing")
         with Freeze(self._remote, self._primary(source), source, address) as frozen:
             started = time.monotonic()
-            self._say(address, "last pass")
-            self._copy(address, source, target, "move-frozen")
-            self._say(address, "comparing")
-            want, have = self._read(address, source, target, (here, there))
-            if found := mailbox_state.differences(want, have):
-                return found
-            # From the next step on nobody but the target's nodes has what counts.
-            self._replicate(target, REPLICATED_SOON)
-            frozen.commit(self._remembered)
-            self._say(address, "switching")
-            self._make_theirs(address, source, target, frozen)
-            moved.switched = True
-            moved.messages = want.size
-            moved.notes += self._send_sessions_on(address, target)
-            frozen.end()
-            moved.pause = round(time.monotonic() - started, 3)
+            try:
+                self._say(address, "last pass")
+                self._copy(address, source, target, "move-frozen")
+                self._say(address, "comparing")
+                want, have = self._read(address, source, target, (here, there))
+                # From the next step on nobody but the target's nodes has what counts.
+                found = mailbox_state.differences(want, have) or self._not_replicated(target)
+                if found:
+                    return found
+                frozen.commit(self._remembered)
+                self._say(address, "switching")
+                moved.notes += self._make_theirs(address, source, target, frozen.since)
+                moved.switched = True
+                moved.messages = want.size
+                frozen.end()
+            finally:
+                moved.pause = round(max(moved.pause or 0.0, time.monotonic() - started), 3)
             frozen.release()
         return []
 
@@ -326,23 +331,48 @@ class Mover:
             there = both.submit(mailbox_state.read, self._fresh(target), address, copied)
             return here.result(), there.result()
 
-    def _make_theirs(self, address: str, source: str, target: str, frozen: Freeze) -> None:
-        """The move itself: another store in the directory."""
+    def _make_theirs(self, address: str, source: str, target: str, since: int) -> list[str]:
+        """The move itself: another store in the directory. Returns whom it could not be told, as notes."""
+        lost: PosthouseError | None = None
         try:
-            self._directory.move(address, source, target, frozen.since)
-        except DirectoryError:
-            # It may have been done, and the answer lost.
+            self._directory.move(address, source, target, since)
+        except DirectoryError as error:
+            lost = error
+        notes = [] if lost else self._send_sessions_on(address, target)
+        # The answer may be lost though it was done; and what nobody knows but one provider may die with it.
+        if lost or len(notes) == len(self.site.groups["access"]):
             account = self._directory.get(address)
             if account is None or account.store != target:
-                frozen.release()
-                raise
+                # Should that provider come back with the change, this one is newer.
+                self._directory.stay(address, source)
+                raise lost or MoveError(f"{address}: the directory has lost the move; run the command again")
+            notes = self._send_sessions_on(address, target)
+        return notes
+
+    def _check_on(self, address: str, store: str) -> None:
+        account = self._directory.get(address)
+        if account is None or account.store != store:
+            where = f"is on {account.store}" if account else "is no account"
+            raise MoveError(f"{address} {where} now, and not on {store}; its mailboxes are left as they are")
 
     def _clear(self, address: str, source: str, target: str) -> None:
         """What is on the target already is a copy that a killed move left, or it is not the account's mailbox."""
+        self._check_on(address, source)
+        self._check_there(address, source, target)
         if not self._is_copy(address, target, source):
             self._take_strays(address, target, source)
         if self._mailboxes(target).was_here(address):
+            # Cyrus would take it up with the scripts, and not install them.
+            self._mailboxes(target).aside(address)
             self._forget_on_replicas(address, target)
+
+    def _check_there(self, address: str, store: str, other: str) -> None:
+        """Refuses if the mailbox is on another store than the directory says: a login there would make a new one."""
+        if not self._mailboxes(store).exists(address) and self._mailboxes(other).exists(address):
+            raise MoveError(
+                f"{address}: the directory has it on {store}, and its mailbox is on {other}; nothing was changed. "
+                f"posthouse drift compares them; posthouse restore brings back what is missing"
+            )
 
     def _forget_on_replicas(self, address: str, store: str) -> None:
         """Replicas keep the scripts of an account that left, of which the primary has kept all but these.
@@ -368,12 +398,21 @@ class Mover:
             count = self._carry(here, folders, address, theirs, since=0)
         self._replicate(theirs, REPLICATED)
         self._mailboxes(store).delete(address)
-        return count
+        # What came after the first look.
+        return count + self._carry_aside(address, store, theirs, since=0)
 
     def _primary(self, store: str) -> str:
         """The node that serves a store, as it was when this thread's move began."""
         states: dict[str, failover.State] = self._own.states
         return states[store].primary if store in states else self.site.stores[store].primary
+
+    def _not_replicated(self, store: str) -> list[str]:
+        """Why the store's replicas cannot take over with all that is there; nothing if they can."""
+        try:
+            self._replicate(store, REPLICATED_SOON)
+        except RemoteError as error:
+            return [str(error)]
+        return []
 
     def _replicate(self, store: str, seconds: float) -> None:
         """Waits until the replicas that could have taken over when this began could do so with all that came since."""
@@ -414,8 +453,13 @@ class Mover:
 
         def tell(node: str) -> None:
             try:
-                self._remote.run(node, command, timeout=15)
+                # Writers wait for this: a node that has not answered once is not waited for again.
+                if node in self._silent:
+                    raise RemoteError(node, 255, "does not answer")
+                self._remote.run(node, command, timeout=8)
             except RemoteError as error:
+                if error.status == 255:
+                    self._silent.add(node)
                 notes.append(f"{error}; logins there are right in {self._remembered:.0f} s")
 
         with ThreadPoolExecutor() as pool:
@@ -427,22 +471,27 @@ class Mover:
 
         Returns how many messages had come to it after it was compared; they are on the target then.
         """
-        account = self._directory.get(address)
+        self._check_on(address, target)
         left = self._directory.moved(address)
-        if account is None or account.store != target or left is None:
-            raise MoveError(f"{address}: {target} is not its store any more; its mailbox on {source} is left alone")
+        if left is None:
+            raise MoveError(f"{address}: the directory knows of no former copy; its mailbox on {source} is left alone")
+        self._check_there(address, target, source)
         mailboxes = self._mailboxes(source)
-        if not mailboxes.exists(address) or not self._is_copy(address, source, target):
-            return 0
-        mailboxes.delete(address)
-        aside = mailboxes.aside(address)
-        with mailboxes.administration() as admin:
-            return self._carry(admin, aside, address, target, left[1])
+        if mailboxes.exists(address):
+            if not self._is_copy(address, source, target):
+                return 0
+            mailboxes.delete(address)
+        # Also if it is gone already: whoever removed it may have died before this.
+        return self._carry_aside(address, source, target, left[1])
 
     def _let_go(self, address: str, source: str, target: str) -> int:
-        """The end of a move, when nothing comes to the source any more."""
-        count = self._retire(address, source, target)
-        if self._mailboxes(source).exists(address):
+        """The end of a move, when nothing comes to the source any more. Returns how many messages came late."""
+        self._check_on(address, target)
+        mailboxes, count = self._mailboxes(source), 0
+        if mailboxes.exists(address):
+            # A replica that became the primary may not have heard of the removal.
+            count = self._retire(address, source, target)
+        if mailboxes.exists(address):
             count += self._take_strays(address, source, target)
         self._replicate(target, REPLICATED)
         self._directory.settled(address)
@@ -451,10 +500,12 @@ class Mover:
     def _finish(self, address: str, source: str, target: str, since: int) -> None:
         """What a move that was killed has left to do."""
         self._say(address, "letting go")
-        self._send_sessions_on(address, target)
+        notes = self._send_sessions_on(address, target)
+        told = time.time()
         self._end_sessions(address, source)
         self._retire(address, source, target)
-        time.sleep(max(0.0, since + STRAGGLERS - time.time()))
+        due = max(since + STRAGGLERS, told + self._remembered if notes else 0.0)
+        time.sleep(max(0.0, due - time.time()))
         self._let_go(address, source, target)
 
     def _end_sessions(self, address: str, source: str) -> None:
@@ -466,6 +517,13 @@ class Mover:
             # Nobody has used it since the store was started.
             if "no mailbox is in use" not in str(error):
                 raise
+
+    def _carry_aside(self, address: str, store: str, target: str, since: int) -> int:
+        """As `_carry`, out of what the last removal of the account's mailbox from a store put aside since then."""
+        mailboxes = self._mailboxes(store)
+        aside = mailboxes.aside(address, since)
+        with mailboxes.administration() as admin:
+            return self._carry(admin, aside, address, target, since)
 
     def _carry(self, here: imaplib.IMAP4, folders: dict[str, str], address: str, target: str, since: int) -> int:
         """Messages that came since then, into the same folder on `target`. Returns how many.
