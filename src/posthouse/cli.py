@@ -26,6 +26,7 @@ from posthouse import (
     probe_cli,
     provision_cli,
 )
+from posthouse.ops.steps import GOES_ON
 from posthouse.sitefile import load, refuse_foreign_macs
 
 app = typer.Typer(
@@ -56,6 +57,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 Check = Annotated[bool, typer.Option("--check", help="Say what would change; change nothing.")]
 Tier = Annotated[list[str] | None, typer.Option("--tier", help="Only this tier (repeatable).")]
 Limit = Annotated[str | None, typer.Option("--limit", metavar="NODES", help="Only these nodes: mail1,mail2 or mail*.")]
+
+# Typer makes this exit status of Ctrl-C, and says nothing.
+INTERRUPTED = 130
 
 # People read what a verb did on standard error's terminal too, so that --json leaves standard output to the machine.
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
@@ -400,5 +404,7 @@ def main() -> None:
         app()
     except PosthouseError as error:
         sys.exit(f"posthouse: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"posthouse: stopped after {time.monotonic() - started:.0f} s; running the same command again goes on")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print(f"posthouse: stopped after {time.monotonic() - started:.0f} s; {GOES_ON}", file=sys.stderr)
+        raise

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from conftest import settled
@@ -19,10 +20,12 @@ from test_failover import paused
 
 from posthouse import lab, run, secrets
 from posthouse.mailboxes import Mailboxes, ManageSieve, quoted
-from posthouse.ops import failover, mailbox_state
+from posthouse.ops import failover, mailbox_state, rebalance
 from posthouse.ops.mailbox_state import MailboxState, differences
+from posthouse.ops.steps import GOES_ON
 from posthouse.probe.clients import Imap, Person, Platform, eventually, letter
 from posthouse.probe.ledger import Ledger, Stream, assert_all_there
+from posthouse.remote import Remote
 
 # What a mover says on its way, in this order.
 PHASES = ["copying", "freezing", "last pass", "comparing", "switching", "switched", "waiting for stragglers"]
@@ -167,8 +170,20 @@ class Reader:
 
 def mover(site, *arguments: str) -> subprocess.Popen[str]:
     """`posthouse move …` as an operator starts it, in the background."""
-    command = [run.BIN / "posthouse", "move", *arguments, "--site", site.name]
+    # Whoever runs the tests in the background may ignore Ctrl-C, and what it starts would, too.
+    command = ["env", "--default-signal=INT", run.BIN / "posthouse", "move", *arguments, "--site", site.name]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def killed(site, person: Person, to: Mailboxes, phase: str) -> None:
+    """A mover that says that it is in a phase, and dies."""
+    process = mover(site, person.address, "--to", to.store.name)
+    for line in process.stderr:
+        if line.strip() == f"{person.address}: {phase}":
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"{phase} never came"
 
 
 def moved(site, persons: list[Person], to: Mailboxes) -> list[dict]:
@@ -222,6 +237,37 @@ def under_way(site, platform, nodes, friend, world, make, stores, count: int, si
     return p99
 
 
+# Before those that move many: while no store has far more accounts than others, few more make them even.
+def test_killed_and_rebalanced(site, posthouse, make, stores, tmp_path):
+    """`rebalance` finishes what a mover left that was killed: nothing of the account is on its former store"""
+    (person,) = make(1)
+    before = stores.state(stores.source, person)
+    killed(site, person, stores.target, "switched")
+    even_out(site, posthouse, tmp_path / "more.csv")
+    planned = json.loads(posthouse("rebalance", site.name, "--check", "--json"))
+    assert [one["address"] for one in planned if one["source"] != one["target"]] == []
+    (mine,) = [one for one in planned if one["address"] == person.address]
+    assert mine["steps"] == [f"let go of the copy that is left on {stores.source.store.name}"]
+    done = json.loads(posthouse("rebalance", site.name, "--json"))["moved"]
+    assert [one["error"] for one in done] == [None] * len(planned)
+    assert not stores.source.exists(person.address)
+    assert differences(before, stores.state(stores.target, person)) == []
+    assert "nothing to do" in posthouse("rebalance", site.name)
+
+
+def even_out(site, posthouse, file: Path) -> None:
+    """Adds accounts where a store has too few, so that `rebalance` moves none: other tests know where theirs are."""
+    loads, free = rebalance.loads(site, secrets.load(site), Remote(site))
+    tag = uuid.uuid4().hex[:6]
+    lines = []
+    while steps := rebalance.plan(loads, free):
+        store, address = steps[0].target, f"even{len(lines)}.{tag}@{site.domain}"
+        loads[store].mailboxes[address] = 0
+        lines.append(f"{address},{uuid.uuid4().hex},{store}")
+    file.write_text("\n".join(["address,password,store", *lines]) + "\n")
+    posthouse("account", "import", str(file), "--site", site.name)
+
+
 def test_under_way(site, platform, nodes, friend, world, make, stores):
     """A dozen mailboxes move under delivery and open sessions: the same afterwards, nothing lost, one reconnect"""
     under_way(site, platform, nodes, friend, world, make, stores, count=12, size=2_000)
@@ -238,13 +284,7 @@ def test_killed(site, platform, make, stores):
     people = make(len(PHASES))
     before = {person: stores.state(stores.source, person) for person in people}
     for person, phase in zip(people, PHASES, strict=True):
-        process = mover(site, person.address, "--to", stores.target.store.name)
-        for line in process.stderr:
-            if line.strip() == f"{person.address}: {phase}":
-                break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"{phase} never came"
+        killed(site, person, stores.target, phase)
     for person in people:
         # Only where the access tier still remembers the former store does it take until it has forgotten.
         eventually(lambda p=person: can_write(platform, p), 90, f"{person.address} to be of use")
@@ -265,6 +305,30 @@ def can_write(platform: Platform, person: Person) -> bool:
         imap.sock.settimeout(5)
         return imap.append("Drafts", "", "", letter("me@example.net", person.address).data)[0] == "OK"
     return False
+
+
+def test_interrupted(site, posthouse, make, stores):
+    """Ctrl-C lets the account that is on its way arrive, and begins no other; the same command moves the rest"""
+    people = make(3)
+    first, *others = people
+    before = {person: stores.state(stores.source, person) for person in people}
+    addresses = [person.address for person in people]
+    process = mover(site, *addresses, "--to", stores.target.store.name, "--parallel", "1")
+    next(line for line in process.stderr if line.strip() == f"{first.address}: copying")
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert complaint.endswith(f"; {GOES_ON}\n"), complaint
+    assert not [line for line in complaint.splitlines() if line.startswith(tuple(addresses[1:]))]
+    where = json.loads(posthouse("account", "show", first.address, "--site", site.name, "--json"))["store"]
+    assert where == stores.target.store.name, complaint
+    assert differences(before[first], stores.state(stores.target, first)) == []
+    for person in others:
+        assert stores.state(stores.source, person) == before[person]
+    assert len(moved(site, people, stores.target)) == len(people)
+    for person in people:
+        assert differences(before[person], stores.state(stores.target, person)) == []
+        assert not stores.source.exists(person.address)
 
 
 def test_replica_behind(site, platform, nodes, make, stores, home):

@@ -9,15 +9,19 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from conftest import Nodes
 from test_changes import main_pids
+from test_failover import paused, settled
 
-from posthouse import lab, run
+from posthouse import inventory, lab, run
+from posthouse.ops import failover, service, state
 from posthouse.probe.clients import Imap, Person, Platform, Smtp, eventually, letter
 from posthouse.probe.ledger import Ledger, Stream, assert_all_there
+from posthouse.remote import Remote
 
 SENDER = "stranger@example.net"
 
@@ -124,6 +128,32 @@ def test_drain_store(platform, nodes, friend, people, world, site, drained):
     assert nodes.run(node, "cat /var/lib/posthouse/drained")
     for conf in nodes.queues:
         assert nodes.run(node, f"postqueue -c {conf} -j") == ""
+
+
+def test_drain_waits(platform, nodes, people, site, drained):
+    """A drain waits, before it changes anything, for a replica that lacks something for a moment"""
+    store = people.alice.store
+    settled(site)
+    node = nodes.primary(store)
+    lock = inventory.RUNTIME / site.name / "lock"
+    # Whatever fails, replication goes on before the drain is waited for.
+    with ThreadPoolExecutor(1) as pool, paused(nodes, node, f"'cyrus-sync-{store}@*'"):
+        with Imap(platform, people.alice) as imap:
+            imap.append("Drafts", "", "", letter(people.alice.address, people.bob.address).data)
+        eventually(lambda: not failover.states(site)[store].in_sync, 30, "a replica that is not in sync")
+        command = [run.BIN / "posthouse", "drain", node, "--site", site.name, "--check"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode != 0
+        assert f"{store}: no replica has all of it now" in done.stderr
+        draining = pool.submit(drained, node)
+        eventually(lambda: f", drain {node} --site {site.name} --wait" in lock.read_text(), 30, "a drain at work")
+        time.sleep(4)
+        assert not draining.done()
+        have = state.read(site, Remote(site))
+        assert service.in_service(have, node)
+        assert have.primaries[store] == node
+    assert draining.result()["changed"]
+    assert nodes.primary(store) != node
 
 
 def test_drain_balancer(platform, nodes, friend, people, world, site, drained):

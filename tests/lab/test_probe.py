@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from posthouse import lab
+from posthouse import lab, run
 from posthouse.probe.clients import Imap, Sieve, Smtp, eventually, letter
 from posthouse.probe.ledger import Ledger, Stream, check
 from posthouse.probe.probes import Probe, Rates
@@ -50,6 +52,38 @@ def test_command(site, posthouse, tmp_path):
     assert len(Ledger.read(file).acknowledged) == 6
     posthouse("ledger", "check", str(file), "--site", site.name)
     posthouse("probe", site.name, status=1)
+
+
+def test_one_at_a_time(site, tmp_path):
+    """A second probe with accounts of its own is told who is at work, and the first one's people are not locked out"""
+    file = tmp_path / "first.ledger"
+    command = [run.BIN / "posthouse", "probe", site.name]
+    rates = ["--smtp", "2", "--imap", "1", "--sessions", "1", "--seconds", "300", "--patience", "60"]
+    with subprocess.Popen(
+        [*command, *rates, "--record", file, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as first:
+        try:
+            eventually(lambda: noted(file), 60, "the first probe's mail")
+            second = subprocess.run([*command, "--imap", "1"], capture_output=True, text=True, timeout=120)
+            before = noted(file)
+            eventually(lambda: noted(file) > before + 5, 60, "more of it")
+            # Stopped early, it tells what it has seen so far.
+            first.terminate()
+            printed, complaint = first.communicate(timeout=120)
+        finally:
+            first.kill()
+    assert second.returncode == 1
+    assert f"{site.name}: locked by" in second.stderr
+    assert f"(pid {first.pid}, probe {site.name} " in second.stderr
+    assert first.returncode == 0, printed + complaint
+    found = json.loads(printed)
+    assert [found[kind]["failed"] for kind in ("smtp", "imap", "sessions")] == [0, 0, 0]
+    assert found["sessions"]["reconnects"] == [0]
+
+
+def noted(file: Path) -> int:
+    """How many messages a probe that goes on has in its record."""
+    return len(Ledger.read(file).acknowledged) if file.exists() else 0
 
 
 def test_session_lost(platform, nodes, people, site):

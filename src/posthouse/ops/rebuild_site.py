@@ -19,7 +19,7 @@ from posthouse.ops.rebuild import FILL, stores_of
 from posthouse.ops.repository import Repository
 from posthouse.ops.restore import Filling
 from posthouse.ops.state import FILLING, State
-from posthouse.ops.steps import Refused, Step, Stopped, carry_out
+from posthouse.ops.steps import GOES_ON, Refused, Step, Stopped, carry_out
 from posthouse.remote import Remote
 
 MIB = 2**20
@@ -100,11 +100,32 @@ def _heirs(site: Site, parts: dict[str, int]) -> list[tuple[str, str]]:
     return [(name, name if name in site.nodes else able[0]) for name in lost]
 
 
+def way_on(site: Site, failed: str, have: State) -> str:
+    """How things stand after a step failed, and what to do then, in words. have: what is so since then.
+
+    A site that is open is alive, so `plan` refuses it. One that is open in part it would fill once more, while people
+    use it: that would take back what they have changed.
+    """
+    see = f"see: posthouse stores {site.name}, and: posthouse verify {site.name}"
+    if failed in ("replicas", "verify"):
+        return f"the site serves, and the same command would be refused; {see}"
+    shut = [node for node in site.nodes if node not in have.answers or node in have.filling]
+    if failed != "open" or len(shut) == len(site.nodes):
+        return GOES_ON
+    if shut:
+        return (
+            f"people are let in, but {', '.join(shut)} may still let in nobody; remove {FILLING} there, and {see}; the "
+            "same command would be refused, or would take all accounts back to the backup"
+        )
+    return f"everybody is let in, and the same command would be refused; {see}"
+
+
 def rebuild(site: Site, at: str | None = None, check: bool = False) -> dict[str, Any]:
     """Brings a whole site back from a backup. Raises BackupError, Refused, SecretsError, Stopped.
 
-    What was interrupted goes on with the backup that it began with, when it is run again. Returns the report of
-    `carry_out`, and "backup", and "gap": {"since": what came after this time is lost, "seconds": how much that is}.
+    Until anybody is let in, what was interrupted goes on with the backup that it began with, when it is run again.
+    Returns the report of `carry_out`, and "backup", and "gap": {"since": what came after this time is lost, "seconds":
+    how much that is}.
     """
     return _Rebuild(site, at).run(check)
 
@@ -145,9 +166,16 @@ class _Rebuild:
             "verify": lambda _: service.verify(self.site),
         }
         with self._stack:
-            report = carry_out(f"rebuild {self.site.name}", self.steps, actions, check)
+            report = carry_out(f"rebuild {self.site.name}", self.steps, actions, check, self._put_back)
         gap = {"since": since.strftime("%Y-%m-%dT%H:%M:%SZ"), "seconds": round(self.started - since.timestamp(), 1)}
         return report | {"backup": self.backup.name, "gap": gap}
+
+    def _put_back(self, begun: list[Step]) -> str:
+        """Takes nothing back: whatever came out of the backup may stay. Says what is the way on."""
+        failed = begun[0].do
+        # Only halfway through this step is it the nodes that know.
+        have = state.read(self.site, self.reached) if failed == "open" else State()
+        return way_on(self.site, failed, have)
 
     @property
     def reached(self) -> Remote:

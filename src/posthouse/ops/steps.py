@@ -12,6 +12,9 @@ from posthouse import PosthouseError
 
 log = logging.getLogger(__name__)
 
+# How things stand after most steps that failed.
+GOES_ON = "running the same command again goes on"
+
 
 class Refused(PosthouseError):
     """An operation that was not begun: what stands against it, and what to do about that."""
@@ -57,7 +60,7 @@ def perform(
             note = actions[step.do](step) or ""
         except (PosthouseError, KeyboardInterrupt) as error:
             reason = str(error) or "interrupted"
-            after = put_back(list(reversed(steps[:number]))) if put_back else "running the same command again goes on"
+            after = put_back(list(reversed(steps[:number]))) if put_back else GOES_ON
             raise Stopped(f"{step.node}: could not {step.say}: {reason}\n  now: {after}") from None
         seconds = round(time.monotonic() - started, 1)
         log.info("%s: %s%s (%.1f s)", step.node, step.say, f": {note}" if note else "", seconds)

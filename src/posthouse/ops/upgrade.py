@@ -21,7 +21,7 @@ from posthouse.ops import service, state
 from posthouse.ops.drain import Drains
 from posthouse.ops.drain import plan as drain_plan
 from posthouse.ops.state import State
-from posthouse.ops.steps import Refused, Step, Stopped, carry_out
+from posthouse.ops.steps import GOES_ON, Refused, Step, Stopped, carry_out
 from posthouse.remote import Remote, RemoteError
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ def upgrade(
                 f"{last.node} stays out of service, the others serve and are untouched or upgraded; mend it, and run "
                 "this again: it goes on with this node"
             )
-        return "running the same command again goes on"
+        return GOES_ON
 
     return carry_out(
         f"upgrade {' '.join(nodes) or site.name}",
