@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from subprocess import PIPE
+from typing import Any
 
 from posthouse import PosthouseError, run
 from posthouse.model import Site
@@ -25,7 +26,10 @@ class RemoteError(PosthouseError):
 
 
 class Remote:
-    """The nodes of a site. Make it before any thread is started: for a lab site it enters the lab's network."""
+    """The nodes of a site. Make it before any thread is started: for a lab site it enters the lab's network.
+
+    A terminal's Ctrl-C does not reach what was begun on nodes: whoever began it says what is to become of it.
+    """
 
     def __init__(self, site: Site) -> None:
         self.config = str(run.reach(site))
@@ -44,6 +48,7 @@ class Remote:
                 errors="replace",
                 timeout=timeout,
                 check=False,
+                start_new_session=True,
             )
         except subprocess.TimeoutExpired:
             raise RemoteError(node, 255, f"no answer within {timeout:g} s to: {command}") from None
@@ -57,10 +62,9 @@ class Remote:
 
         timeout: seconds until it is given up.
         """
-        ssh = ["ssh", "-F", str(self.config)]
         with (
-            subprocess.Popen([*ssh, source, command], stdin=subprocess.DEVNULL, stdout=PIPE, stderr=PIPE) as giver,
-            subprocess.Popen([*ssh, target, into], stdin=giver.stdout, stdout=PIPE, stderr=PIPE) as taker,
+            self._start(source, command, stdin=subprocess.DEVNULL) as giver,
+            self._start(target, into, stdin=giver.stdout) as taker,
         ):
             assert giver.stdout
             giver.stdout.close()  # the taker's now: its end is the giver's, too
@@ -80,8 +84,11 @@ class Remote:
 
     def open(self, node: str, command: str) -> subprocess.Popen[str]:
         """A command on a node that is talked to, by its standard input and output."""
+        return self._start(node, command, stdin=PIPE, text=True, errors="replace")
+
+    def _start(self, node: str, command: str, **options: Any) -> subprocess.Popen[Any]:
         ssh = ["ssh", "-F", self.config, node, command]
-        return subprocess.Popen(ssh, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, errors="replace")
+        return subprocess.Popen(ssh, stdout=PIPE, stderr=PIPE, start_new_session=True, **options)
 
     def each(self, nodes: Iterable[str], command: str, timeout: float = 120) -> dict[str, str]:
         """The same command on several nodes, side by side: {node: what it prints}. Raises the first RemoteError."""

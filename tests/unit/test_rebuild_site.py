@@ -12,7 +12,7 @@ import pytest
 from posthouse.model import Site
 from posthouse.ops import rebuild_site, service
 from posthouse.ops.backup import Backup
-from posthouse.ops.rebuild_site import plan, way_on
+from posthouse.ops.rebuild_site import plan
 from posthouse.ops.state import FILLING, State
 from posthouse.ops.steps import GOES_ON, Refused, Stopped
 
@@ -56,49 +56,31 @@ def last_words(site: Site, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-@pytest.mark.parametrize("failing", STEPS[: STEPS.index("open")])
+@pytest.mark.parametrize("failing", STEPS[: STEPS.index("replicas")])
 def test_before_anybody_is_let_in_the_same_command_goes_on(site: Site, last_words: Any, failing: str) -> None:
     assert last_words(failing, standing(site, *site.nodes)) == GOES_ON
 
 
-@pytest.mark.parametrize("failing", ["replicas", "verify"])
-def test_a_site_that_serves_is_not_rebuilt_again(site: Site, last_words: Any, failing: str) -> None:
-    have = standing(site)
-    words = last_words(failing, have)
-    assert words.startswith("the site serves, and the same command would be refused; ")
-    assert "posthouse stores lab" in words
-    assert "posthouse verify lab" in words
-    with pytest.raises(Refused, match="is alive"):
-        plan(site, have, BACKUP, PARTS)
-
-
-def test_letting_in_that_has_not_begun_goes_on(site: Site, last_words: Any) -> None:
-    have = standing(site, *site.nodes)
-    assert last_words("open", have) == GOES_ON
-    assert plan(site, have, BACKUP, PARTS)
-
-
-def test_letting_in_that_reached_every_node_is_not_done_again(site: Site, last_words: Any) -> None:
-    have = standing(site)
-    assert last_words("open", have).startswith("everybody is let in, and the same command would be refused; see: ")
-    with pytest.raises(Refused, match="is alive"):
-        plan(site, have, BACKUP, PARTS)
-
-
-@pytest.mark.parametrize(("shut", "silent"), [(("mail3",), ()), ((), ("mail3",)), (("mail3",), ("mail2",))])
-def test_letting_in_that_got_half_way_names_who_is_left(
-    site: Site, last_words: Any, shut: tuple[str, ...], silent: tuple[str, ...]
+@pytest.mark.parametrize("failing", ["open", "replicas", "verify"])
+def test_a_site_that_lets_everybody_in_is_not_filled_again_and_the_last_words_say_so(
+    site: Site, last_words: Any, failing: str
 ) -> None:
-    words = last_words("open", standing(site, *shut, silent=silent))
-    assert words.startswith(f"people are let in, but {', '.join([*silent, *shut])} may still let in nobody; ")
-    assert f"remove {FILLING} there" in words
-    assert GOES_ON not in words
-
-
-def test_the_same_command_would_fill_a_site_once_more_that_is_open_in_part(site: Site) -> None:
-    have = standing(site, "mail3")
-    assert "directory" in [step.do for step in plan(site, have, BACKUP, PARTS)]
-    assert "take all accounts back to the backup" in way_on(site, "open", have)
-    # One that does not answer may be the last that is not open; nobody knows before it is back.
+    have = standing(site)
+    assert last_words(failing, have).startswith("the same command would be refused: lb1: is alive, ")
     with pytest.raises(Refused, match="is alive"):
-        plan(site, standing(site, silent=("mail3",)), BACKUP, PARTS)
+        plan(site, have, BACKUP, PARTS)
+
+
+def test_nor_is_one_that_lets_in_some_and_who_is_left_is_named(site: Site, last_words: Any) -> None:
+    have = standing(site, "mail3", silent=("mail2",))
+    words = last_words("open", have)
+    assert words.startswith(
+        "the same command would be refused: lb1: is alive and lets people in, though mail3 does not "
+    )
+    assert f"remove {FILLING} there" in words
+    with pytest.raises(Refused, match="lets people in"):
+        plan(site, have, BACKUP, PARTS)
+
+
+def test_one_that_comes_back_with_its_data_while_it_is_closed_is_named(site: Site, last_words: Any) -> None:
+    assert "would be refused: lb1: is alive" in last_words("close", standing(site))

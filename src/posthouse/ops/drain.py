@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import time
 from typing import Any
 
@@ -12,6 +13,8 @@ from posthouse.ops import failover, queues, service, state
 from posthouse.ops.state import State
 from posthouse.ops.steps import Refused, Step, Stopped, carry_out
 from posthouse.remote import Remote
+
+log = logging.getLogger(__name__)
 
 # How long mail in the middle of its way through a balancer may hold up handing over the VIP. New connections wait
 # meanwhile: whoever gets no answer asks again after 1, 3, 7 and 15 s.
@@ -139,10 +142,13 @@ class Drains:
 
     def _need_copies(self, stores: list[str], seconds: float) -> None:
         """Waits until each store has a replica that could take over; refuses if that takes longer."""
-        deadline = time.monotonic() + seconds
+        deadline, said = time.monotonic() + seconds, False
         while stores:
             states = failover.states(self.site, self.remote)
             stores = [name for name in stores if not states[name].in_sync]
+            if stores and seconds and not said:
+                said = True
+                log.info("%s: waiting for a replica to be in sync, for %.0f s at most", ", ".join(stores), seconds)
             if stores and time.monotonic() > deadline:
                 raise Refused(
                     f"{stores[0]}: no replica has all of it now; see: posthouse stores {self.site.name}; run this "

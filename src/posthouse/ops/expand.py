@@ -9,7 +9,7 @@ from posthouse import PosthouseError, image, provision, secrets
 from posthouse.model import Site
 from posthouse.ops import rebalance, service, state
 from posthouse.ops.state import State
-from posthouse.ops.steps import Refused, Step, carry_out
+from posthouse.ops.steps import Refused, Step, carry_out, way_on
 from posthouse.provision.records import Records
 from posthouse.remote import Remote
 
@@ -85,6 +85,7 @@ def expand(site: Site, node: str, check: bool = False) -> dict[str, Any]:
             "verify": lambda step: service.verify(site, step.node),
         },
         check,
+        lambda _: way_on(lambda: plan(site, state.read(site, remote), node)),
     )
     return report if check else report | {"next": _rebalance(site, remote)}
 

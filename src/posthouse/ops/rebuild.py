@@ -9,7 +9,7 @@ from posthouse import image, lab
 from posthouse.model import Site, Store
 from posthouse.ops import quorum, service, spool, state
 from posthouse.ops.state import State
-from posthouse.ops.steps import Refused, Step, carry_out
+from posthouse.ops.steps import Refused, Step, carry_out, way_on
 from posthouse.remote import Remote
 
 # Of a disk, for what is copied back: a spool that fills it takes no mail.
@@ -166,5 +166,6 @@ def rebuild(site: Site, node: str, check: bool = False, measure: bool = False) -
             "verify": lambda step: service.verify(site, step.node),
         },
         check,
+        lambda _: way_on(lambda: plan(site, state.read(site, remote), node, sizes)),
     )
     return report | {"copies": copies}

@@ -19,7 +19,7 @@ from posthouse.ops.rebuild import FILL, stores_of
 from posthouse.ops.repository import Repository
 from posthouse.ops.restore import Filling
 from posthouse.ops.state import FILLING, State
-from posthouse.ops.steps import GOES_ON, Refused, Step, Stopped, carry_out
+from posthouse.ops.steps import GOES_ON, Refused, Step, Stopped, carry_out, way_on
 from posthouse.remote import Remote
 
 MIB = 2**20
@@ -40,7 +40,14 @@ exit 1
 def plan(site: Site, have: State, name: str, parts: dict[str, int]) -> list[Step]:
     """The steps that bring a site back from the backup `name`. parts: bytes of each of its parts. Raises Refused."""
     alive = [node for node in site.nodes if node in have.deployed and node not in have.filling]
-    if alive and not have.filling:
+    if alive and have.filling:
+        # Filled once more it would lose what people have changed since they were let in.
+        shut = ", ".join(sorted(have.filling))
+        raise Refused(
+            f"{alive[0]}: is alive and lets people in, though {shut} does not yet; all of the backup was back before that, "
+            f"so remove {FILLING} there, and see: posthouse verify {site.name}; nothing was changed"
+        )
+    if alive:
         raise Refused(
             f"{alive[0]}: is alive, and a site is rebuilt only from nothing; one node that is gone comes back by: "
             "posthouse rebuild NODE, and single accounts by: posthouse restore; nothing was changed"
@@ -100,26 +107,6 @@ def _heirs(site: Site, parts: dict[str, int]) -> list[tuple[str, str]]:
     return [(name, name if name in site.nodes else able[0]) for name in lost]
 
 
-def way_on(site: Site, failed: str, have: State) -> str:
-    """How things stand after a step failed, and what to do then, in words. have: what is so since then.
-
-    A site that is open is alive, so `plan` refuses it. One that is open in part it would fill once more, while people
-    use it: that would take back what they have changed.
-    """
-    see = f"see: posthouse stores {site.name}, and: posthouse verify {site.name}"
-    if failed in ("replicas", "verify"):
-        return f"the site serves, and the same command would be refused; {see}"
-    shut = [node for node in site.nodes if node not in have.answers or node in have.filling]
-    if failed != "open" or len(shut) == len(site.nodes):
-        return GOES_ON
-    if shut:
-        return (
-            f"people are let in, but {', '.join(shut)} may still let in nobody; remove {FILLING} there, and {see}; the "
-            "same command would be refused, or would take all accounts back to the backup"
-        )
-    return f"everybody is let in, and the same command would be refused; {see}"
-
-
 def rebuild(site: Site, at: str | None = None, check: bool = False) -> dict[str, Any]:
     """Brings a whole site back from a backup. Raises BackupError, Refused, SecretsError, Stopped.
 
@@ -172,10 +159,9 @@ class _Rebuild:
 
     def _put_back(self, begun: list[Step]) -> str:
         """Takes nothing back: whatever came out of the backup may stay. Says what is the way on."""
-        failed = begun[0].do
-        # Only halfway through this step is it the nodes that know.
-        have = state.read(self.site, self.reached) if failed == "open" else State()
-        return way_on(self.site, failed, have)
+        if begun[0].do == "machines":
+            return GOES_ON
+        return way_on(lambda: plan(self.site, state.read(self.site, self.reached), self.backup.name, {}))
 
     @property
     def reached(self) -> Remote:

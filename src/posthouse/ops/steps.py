@@ -43,6 +43,14 @@ def shown(steps: Sequence[Step]) -> list[str]:
     return [f"{step.node}: {step.say}" for step in steps]
 
 
+def way_on(again: Callable[[], Sequence[Step]]) -> str:
+    """What the same command would do now, in words. again: makes its plan anew, from how things are by then."""
+    try:
+        return GOES_ON if again() else "there is nothing left for the same command to do; see: posthouse verify"
+    except PosthouseError as refusal:
+        return f"the same command would be refused: {refusal}"
+
+
 def perform(
     steps: Sequence[Step], actions: Mapping[str, Action], put_back: Callable[[list[Step]], str] | None = None
 ) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ def prepare(site: Site) -> dict[str, media.Media]:
 
 
 def serve(site: Site, made: dict[str, media.Media]) -> None:
-    """Serves until SIGTERM or SIGINT. To be called in the network of the site's machines.
+    """Serves until SIGTERM, SIGINT or SIGHUP. To be called in the network of the site's machines.
 
     Raises ProvisionError, SiteError.
     """
@@ -55,7 +55,9 @@ def serve(site: Site, made: dict[str, media.Media]) -> None:
 async def _serve(serving: server.Server) -> None:
     site = serving.site
     stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:  # under nohup
+            continue
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     try:
         runners = await server.run(serving, str(site.network.controller))
