@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import ssl
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from posthouse.secrets import Secrets
 
 OBJECT_CLASSES = ["inetOrgPerson", "inetLocalMailRecipient", "posthouseAccount"]
 PAGE = 1000
+GONE = 4000  # ms without a confirmation of what was sent
 
 Result = TypeVar("Result")
 
@@ -295,6 +297,8 @@ class Directory:
             )
             try:
                 connection.bind()
+                # One that is slow may take its time; one that is gone does not even confirm what it is sent.
+                connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, GONE)
                 # Without it the provider is still being filled: it would take accounts for new that are not.
                 connection.search(self._site.suffix, "(contextCSN=*)", search_scope=ldap3.BASE, attributes=["1.1"])
                 if connection.response:

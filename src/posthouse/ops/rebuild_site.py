@@ -44,8 +44,8 @@ def plan(site: Site, have: State, name: str, parts: dict[str, int]) -> list[Step
         # Filled once more it would lose what people have changed since they were let in.
         shut = ", ".join(sorted(have.filling))
         raise Refused(
-            f"{alive[0]}: is alive and lets people in, though {shut} does not yet; all of the backup was back before that, "
-            f"so remove {FILLING} there, and see: posthouse verify {site.name}; nothing was changed"
+            f"{alive[0]}: is alive and lets people in, though {shut} does not yet; all of the backup was back by "
+            f"then, so remove {FILLING} there, and see: posthouse verify {site.name}; nothing was changed"
         )
     if alive:
         raise Refused(
