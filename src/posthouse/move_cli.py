@@ -12,7 +12,8 @@ from rich.console import Console
 
 from posthouse import run, secrets
 from posthouse.ops import rebalance as rebalancing
-from posthouse.ops.move import Move, Moved, Mover
+from posthouse.ops.move import Move, Mover
+from posthouse.ops.relocation import Moved
 from posthouse.remote import Remote
 from posthouse.sitefile import load
 
@@ -37,9 +38,9 @@ def move(
     """Move accounts to another store while mail comes in and people read; run it again if it was interrupted."""
     loaded = load(site)
     run.reach(loaded)
-    with Mover(loaded, secrets.load(loaded), _progress) as mover:
-        moves = mover.plan(dict.fromkeys(address.lower() for address in accounts), to)
-        _act(mover, moves, parallel, rate, check, as_json)
+    mover = Mover(loaded, secrets.load(loaded), _progress)
+    moves = mover.plan(dict.fromkeys(address.lower() for address in accounts), to)
+    _act(mover, moves, parallel, rate, check, as_json)
 
 
 def rebalance(
@@ -58,9 +59,9 @@ def rebalance(
     kept = secrets.load(loaded)
     stores, free = rebalancing.loads(loaded, kept, Remote(loaded), empty or ())
     steps = rebalancing.plan(stores, free, by)  # type: ignore[arg-type]
-    with Mover(loaded, kept, _progress) as mover:
-        moves = mover.plan_rest(rebalancing.targets(steps))
-        _act(mover, moves, parallel, rate, check, as_json)
+    mover = Mover(loaded, kept, _progress)
+    moves = mover.plan_rest(rebalancing.targets(steps))
+    _act(mover, moves, parallel, rate, check, as_json)
     if not moves and not as_json:
         console.print("every store is within a tenth of its share; nothing to do")
 

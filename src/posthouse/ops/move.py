@@ -1,8 +1,7 @@
 """Accounts to another store, while mail comes in and people read.
 
-    with Mover(site, secrets) as mover:
-        moves = mover.plan(["alice@lab.test"], "s02")
-        mover.run(moves)
+    mover = Mover(site, secrets)
+    mover.run(mover.plan(["alice@lab.test"], "s02"))
 
 Cyrus's own replication carries the mailbox, so UIDs, flags, rights, scripts and all else arrive as they were. It runs
 while the account is in use, until little is left; then the mailbox is frozen (reading goes on, writing waits), the last
@@ -18,43 +17,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import imaplib
-import re
 import resource
-import shlex
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from posthouse import PosthouseError, inventory
-from posthouse.directory import Directory, DirectoryError
-from posthouse.mailboxes import Mailboxes, StoreError, quoted
+from posthouse import inventory
 from posthouse.model import Site
-from posthouse.ops import failover, mailbox_state
-from posthouse.ops.freeze import Freeze, FreezeError
-from posthouse.ops.mailbox_state import MailboxState
+from posthouse.ops import mailbox_state
+from posthouse.ops.relocation import Moved, MoveError, Progress, Relocation
 from posthouse.remote import Remote, RemoteError
 from posthouse.secrets import Secrets
 
-# A pass that takes less is short enough for the last one to be made while writers wait. Seconds.
-SHORT = 1.0
-PASSES = 5
-# Postfix's queue manager may use an answer of the directory for 30 s.
-STRAGGLERS = 35.0
-CYR_EXPIRE = "runuser -u cyrus -- /usr/lib/cyrus/bin/cyr_expire"
 # What a copy may fill of the space that is free on a node.
 FILL = 0.9
-TRIES = 3
-# s for a store's replicas to get all that came: at first a whole mailbox, then the rest of it while writers wait.
-REPLICATED = 600.0
-REPLICATED_SOON = 2.0
-
-
-class MoveError(PosthouseError):
-    """A move that is refused or cannot go on; the message says where, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -80,25 +59,6 @@ class Move:
         return steps
 
 
-@dataclass
-class Moved:
-    """What was done. `switched`: whether the account is the target's now; `pause`: seconds for which writing waited;
-    `carried`: messages that came to the source late.
-    """
-
-    address: str
-    source: str
-    target: str
-    switched: bool = False
-    passes: int = 0
-    messages: int = 0
-    pause: float | None = None
-    seconds: float = 0.0
-    carried: int = 0
-    error: str | None = None
-    notes: list[str] = field(default_factory=list)
-
-
 def lacking_room(moves: Iterable[Move], nodes: dict[str, list[str]], free: dict[str, int]) -> list[str]:
     """Nodes that cannot take what would come to them: sentences.
 
@@ -117,29 +77,18 @@ def lacking_room(moves: Iterable[Move], nodes: dict[str, list[str]], free: dict[
     ]
 
 
-Progress = Callable[[str, str], None]
-
-
 class Mover:
-    """Moves accounts of a site. Make it before any thread is started; use it as a context manager."""
+    """Moves accounts of a site. Make it before any thread is started."""
 
     def __init__(self, site: Site, secrets: Secrets, progress: Progress = lambda address, phase: None) -> None:
         self.site = site
         self._secrets = secrets
         self._remote = Remote(site)
         self._say = progress
-        self._own = threading.local()
         self._silent: set[str] = set()
-        self._made: list[Directory | Mailboxes] = []
-        # Longer than the access tier remembers which store is an account's.
-        self._remembered = _seconds(site.settings("access")["access_cache_time"]) + 10
 
-    def __enter__(self) -> Mover:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for connection in self._made:
-            connection.close()
+    def _relocation(self) -> Relocation:
+        return Relocation(self.site, self._secrets, self._remote, self._say, self._silent)
 
     # Planning
 
@@ -147,33 +96,34 @@ class Mover:
         """What has to be done for each account. Raises MoveError, DirectoryError, StoreError; changes nothing."""
         if target not in self.site.stores:
             raise MoveError(f"no store {target!r} in this site; the stores are {', '.join(self.site.stores)}")
-        return self.plan_all(dict.fromkeys(addresses, target))
+        with self._relocation() as on:
+            return self._plan_all(on, dict.fromkeys(addresses, target))
 
     def plan_rest(self, targets: dict[str, str]) -> list[Move]:
-        """As `plan_all`, and to finish the moves that were killed, whatever they were."""
-        return self.plan_all(self._directory.unsettled() | targets)
+        """The same with a store for each account, and to finish the moves that were killed, whatever they were."""
+        with self._relocation() as on:
+            return self._plan_all(on, on.directory.unsettled() | targets)
 
-    def plan_all(self, targets: dict[str, str]) -> list[Move]:
-        """The same with a store for each account."""
-        moves = [self._plan(address, target) for address, target in targets.items()]
+    def _plan_all(self, on: Relocation, targets: dict[str, str]) -> list[Move]:
+        moves = [self._plan(on, address, target) for address, target in targets.items()]
         for name in {store for move in moves if move.steps for store in (move.source, move.target)}:
-            self._mailboxes(name).exists("nobody")  # or StoreError: it is down
+            on.mailboxes(name).exists("nobody")  # or StoreError: it is down
         self._check_room(moves)
         return moves
 
-    def _plan(self, address: str, target: str) -> Move:
-        account = self._directory.holders([address]).get(address)
+    def _plan(self, on: Relocation, address: str, target: str) -> Move:
+        account = on.directory.holders([address]).get(address)
         if account is None:
             raise MoveError(f"no account {address}; see: posthouse account list")
         if account.address != address:
             raise MoveError(f"{address} is an alias of {account.address}; name that account")
         if account.store not in self.site.stores:
             raise MoveError(f"{address} is on {account.store}, which is not in the site file; put it back there")
-        left = self._directory.moved(address)
+        left = on.directory.moved(address)
         if account.store == target:
             return Move(address, target, target, left=left)
-        self._check_there(address, account.store, target)
-        messages, size = mailbox_state.extent(self._mailboxes(account.store), address)
+        on.check_there(address, account.store, target)
+        messages, size = mailbox_state.extent(on.mailboxes(account.store), address)
         return Move(address, account.store, target, messages, size, left)
 
     def _check_room(self, moves: list[Move]) -> None:
@@ -222,14 +172,14 @@ class Mover:
         moved = Moved(move.address, move.source, move.target, messages=move.messages)
         started = time.monotonic()
         try:
-            self._own.states = failover.states(self.site, self._remote)
-            if move.left:
-                self._finish(move.address, move.left[0], move.source, move.left[1])
-            if move.source == move.target:
-                self._say(move.address, "done")
-                return moved, None
-            pace.wait()
-            due = self._move(moved)
+            with self._relocation() as on:
+                if move.left:
+                    on.finish(move.address, move.left[0], move.source, move.left[1])
+                if move.source == move.target:
+                    self._say(move.address, "done")
+                    return moved, None
+                pace.wait()
+                due = on.move(moved)
         except Exception as error:  # whatever it is, the others go on
             return self._failed(moved, error), None
         finally:
@@ -241,8 +191,8 @@ class Mover:
             return moved
         time.sleep(max(0.0, due - time.monotonic()))
         try:
-            self._own.states = failover.states(self.site, self._remote)
-            moved.carried += self._let_go(moved.address, moved.source, moved.target)
+            with self._relocation() as on:
+                moved.carried += on.let_go(moved.address, moved.source, moved.target)
             self._say(moved.address, "done")
         except Exception as error:  # whatever it is, the others go on
             self._failed(moved, error)
@@ -267,314 +217,6 @@ class Mover:
                 raise MoveError(f"{address}: a move is already running for it; wait for that to end") from None
             yield
 
-    def _move(self, moved: Moved) -> float:
-        """The whole move but for the source's copy. Returns when that may go. Raises MoveError and others."""
-        address, source, target = moved.address, moved.source, moved.target
-        self._say(address, "copying")
-        self._clear(address, source, target)
-        self._start_link(source, target)
-        while moved.passes < PASSES:
-            started = time.monotonic()
-            self._copy(address, source, target)
-            moved.passes += 1
-            if time.monotonic() - started < SHORT:
-                break
-        for _ in range(TRIES):
-            self._replicate(target, REPLICATED)
-            found = self._switch(moved)
-            if not found:
-                self._say(address, "switched")
-                moved.carried = self._retire(address, source, target)
-                self._say(address, "waiting for stragglers")
-                # A proxy that could not be told forgets by itself.
-                return time.monotonic() + (self._remembered if moved.notes else STRAGGLERS)
-            self._copy(address, source, target)
-        shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
-        raise MoveError(f"{address}: stays on {source}; the copy on {target} is not ready: {shown}")
-
-    def _switch(self, moved: Moved) -> list[str]:
-        """Freezes the source, and makes the target the account's if it is the same. Returns what it lacks."""
-        address, source, target = moved.address, moved.source, moved.target
-        here, there = self._read(address, source, target)
-        # A provider that has died meanwhile is found out now, and not while writers wait.
-        self._check_on(address, source)
-        self._say(address, "freezing")
-        with Freeze(self._remote, self._primary(source), source, address) as frozen:
-            started = time.monotonic()
-            try:
-                self._say(address, "last pass")
-                self._copy(address, source, target, "move-frozen")
-                self._say(address, "comparing")
-                want, have = self._read(address, source, target, (here, there))
-                # From the next step on nobody but the target's nodes has what counts.
-                found = mailbox_state.differences(want, have) or self._not_replicated(target)
-                if found:
-                    return found
-                frozen.commit(self._remembered)
-                self._say(address, "switching")
-                moved.notes += self._make_theirs(address, source, target, frozen.since)
-                moved.switched = True
-                moved.messages = want.size
-                frozen.end()
-            finally:
-                moved.pause = round(max(moved.pause or 0.0, time.monotonic() - started), 3)
-            frozen.release()
-        return []
-
-    def _read(
-        self, address: str, source: str, target: str, before: tuple[MailboxState, MailboxState] | None = None
-    ) -> tuple[MailboxState, MailboxState]:
-        """The mailbox on both sides; the source is frozen if there is a `before`, which saves most of the work."""
-        known, copied = before or (None, None)
-        with ThreadPoolExecutor(2) as both:
-            here = both.submit(mailbox_state.read, self._fresh(source), address, known, frozen=bool(before))
-            there = both.submit(mailbox_state.read, self._fresh(target), address, copied)
-            return here.result(), there.result()
-
-    def _make_theirs(self, address: str, source: str, target: str, since: int) -> list[str]:
-        """The move itself: another store in the directory. Returns whom it could not be told, as notes."""
-        lost: PosthouseError | None = None
-        try:
-            self._directory.move(address, source, target, since)
-        except DirectoryError as error:
-            lost = error
-        notes = [] if lost else self._send_sessions_on(address, target)
-        # The answer may be lost though it was done; and what nobody knows but one provider may die with it.
-        if lost or len(notes) == len(self.site.groups["access"]):
-            account = self._directory.get(address)
-            if account is None or account.store != target:
-                # Should that provider come back with the change, this one is newer.
-                self._directory.stay(address, source)
-                raise lost or MoveError(f"{address}: the directory has lost the move; run the command again")
-            notes = self._send_sessions_on(address, target)
-        return notes
-
-    def _check_on(self, address: str, store: str) -> None:
-        account = self._directory.get(address)
-        if account is None or account.store != store:
-            where = f"is on {account.store}" if account else "is no account"
-            raise MoveError(f"{address} {where} now, and not on {store}; its mailboxes are left as they are")
-
-    def _clear(self, address: str, source: str, target: str) -> None:
-        """What is on the target already is a copy that a killed move left, or it is not the account's mailbox."""
-        self._check_on(address, source)
-        self._check_there(address, source, target)
-        if not self._is_copy(address, target, source):
-            self._take_strays(address, target, source)
-        if self._mailboxes(target).was_here(address):
-            # Cyrus would take it up with the scripts, and not install them.
-            self._mailboxes(target).aside(address)
-            self._forget_on_replicas(address, target)
-
-    def _check_there(self, address: str, store: str, other: str) -> None:
-        """Refuses if the mailbox is on another store than the directory says: a login there would make a new one."""
-        if not self._mailboxes(store).exists(address) and self._mailboxes(other).exists(address):
-            raise MoveError(
-                f"{address}: the directory has it on {store}, and its mailbox is on {other}; nothing was changed. "
-                f"posthouse drift compares them; posthouse restore brings back what is missing"
-            )
-
-    def _forget_on_replicas(self, address: str, store: str) -> None:
-        """Replicas keep the scripts of an account that left, of which the primary has kept all but these.
-
-        If the account comes back to the store, Cyrus 3.10 crashes on a replica that is told of a folder with the
-        identity of one that it keeps aside, again and again. So they forget what they have kept of this account.
-        """
-        places = self.site.stores[store]
-        command = f"{CYR_EXPIRE} -C /etc/cyrus/{store}/imapd.conf -a -c -x -D 0 -u {shlex.quote(address)}"
-        for node in (places.primary, *places.replicas):
-            if node != self._primary(store):
-                self._remote.run(node, command, timeout=600)
-
-    def _is_copy(self, address: str, store: str, other: str) -> bool:
-        """Whether the account's mailbox on a store, if there is one, is the same as on another one."""
-        one, two = self._mailboxes(store), self._mailboxes(other)
-        return not one.exists(address) or mailbox_state.identity(one, address) == mailbox_state.identity(two, address)
-
-    def _take_strays(self, address: str, store: str, theirs: str) -> int:
-        """Mail that came to a store which the account had left made a new mailbox there: all of it is the account's."""
-        with self._mailboxes(store).acting_for(address) as here:
-            folders = {name: name for name in mailbox_state.folders(here)}
-            count = self._carry(here, folders, address, theirs, since=0)
-        self._replicate(theirs, REPLICATED)
-        self._mailboxes(store).delete(address)
-        # What came after the first look.
-        return count + self._carry_aside(address, store, theirs, since=0)
-
-    def _primary(self, store: str) -> str:
-        """The node that serves a store, as it was when this thread's move began."""
-        states: dict[str, failover.State] = self._own.states
-        return states[store].primary if store in states else self.site.stores[store].primary
-
-    def _not_replicated(self, store: str) -> list[str]:
-        """Why the store's replicas cannot take over with all that is there; nothing if they can."""
-        try:
-            self._replicate(store, REPLICATED_SOON)
-        except RemoteError as error:
-            return [str(error)]
-        return []
-
-    def _replicate(self, store: str, seconds: float) -> None:
-        """Waits until the replicas that could have taken over when this began could do so with all that came since."""
-        states: dict[str, failover.State] = self._own.states
-        if store in states and (replicas := states[store].in_sync):
-            command = shlex.join([failover.KEEPER, "replicated", store, f"{seconds:g}", *replicas])
-            self._remote.run(states[store].primary, command, timeout=seconds + 10)
-
-    def _start_link(self, source: str, target: str) -> None:
-        """The way for copies: stunnel on the source's primary; see cyrus-move-STORE.service."""
-        number, port = self.site.stores[source].number, self.site.stores[target].replication_port
-        near = f"127.1.{number // 256}.{number % 256}"
-        command = (
-            f"systemctl start cyrus-move-{source} && for _ in $(seq 50); do "
-            f"timeout 5 bash -c 'exec 3<>/dev/tcp/{near}/{port}' 2>/dev/null && exit; sleep 0.1; done; "
-            f"echo 'cyrus-move-{source} does not listen; see: journalctl -u cyrus-move-{source}' >&2; exit 1"
-        )
-        self._remote.run(self._primary(source), command)
-
-    def _copy(self, address: str, source: str, target: str, conf: str = "move") -> None:
-        """One pass of Cyrus's replication for the account."""
-        client = "runuser -u cyrus -- /usr/lib/cyrus/bin/sync_client"
-        command = f"{client} -C /etc/cyrus/{source}/primary/{conf}.conf -n {target} -o -u {shlex.quote(address)}"
-        self._remote.run(self._primary(source), command, timeout=3600)
-
-    def _send_sessions_on(self, address: str, target: str) -> list[str]:
-        """Makes the access tier forget which store was the account's. Returns what could not be told, as notes."""
-        who, host = shlex.quote(address), self.site.stores[target].host
-        ask = (
-            f"ldapsearch -Q -LLL -Y EXTERNAL -H ldapi://%2Frun%2Fslapd%2Fldapi -b ou=accounts,{self.site.suffix} "
-            f"{shlex.quote(f'(&(uid={address})(mailHost={host}))')} 1.1 | grep -q ^dn:"
-        )
-        command = (
-            f"for _ in $(seq 50); do if {ask}; then exec doveadm auth cache flush {who}; fi; sleep 0.1; done; "
-            f"echo 'its copy of the directory does not know of the move after 5 s' >&2; exit 1"
-        )
-        notes = []
-
-        def tell(node: str) -> None:
-            try:
-                # Writers wait for this: a node that has not answered once is not waited for again.
-                if node in self._silent:
-                    raise RemoteError(node, 255, "does not answer")
-                self._remote.run(node, command, timeout=8)
-            except RemoteError as error:
-                if error.status == 255:
-                    self._silent.add(node)
-                notes.append(f"{error}; logins there are right in {self._remembered:.0f} s")
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(tell, [node.name for node in self.site.groups["access"]]))
-        return notes
-
-    def _retire(self, address: str, source: str, target: str) -> int:
-        """Removes the copy that is no longer the account's mailbox: its store keeps it aside for some days.
-
-        Returns how many messages had come to it after it was compared; they are on the target then.
-        """
-        self._check_on(address, target)
-        left = self._directory.moved(address)
-        if left is None:
-            raise MoveError(f"{address}: the directory knows of no former copy; its mailbox on {source} is left alone")
-        self._check_there(address, target, source)
-        mailboxes = self._mailboxes(source)
-        if mailboxes.exists(address):
-            if not self._is_copy(address, source, target):
-                return 0
-            mailboxes.delete(address)
-        # Also if it is gone already: whoever removed it may have died before this.
-        return self._carry_aside(address, source, target, left[1])
-
-    def _let_go(self, address: str, source: str, target: str) -> int:
-        """The end of a move, when nothing comes to the source any more. Returns how many messages came late."""
-        self._check_on(address, target)
-        mailboxes, count = self._mailboxes(source), 0
-        if mailboxes.exists(address):
-            # A replica that became the primary may not have heard of the removal.
-            count = self._retire(address, source, target)
-        if mailboxes.exists(address):
-            count += self._take_strays(address, source, target)
-        self._replicate(target, REPLICATED)
-        self._directory.settled(address)
-        return count
-
-    def _finish(self, address: str, source: str, target: str, since: int) -> None:
-        """What a move that was killed has left to do."""
-        self._say(address, "letting go")
-        notes = self._send_sessions_on(address, target)
-        told = time.time()
-        self._end_sessions(address, source)
-        self._retire(address, source, target)
-        due = max(since + STRAGGLERS, told + self._remembered if notes else 0.0)
-        time.sleep(max(0.0, due - time.time()))
-        self._let_go(address, source, target)
-
-    def _end_sessions(self, address: str, source: str) -> None:
-        try:
-            with Freeze(self._remote, self._primary(source), source, address) as frozen:
-                frozen.end()
-                frozen.release()
-        except FreezeError as error:
-            # Nobody has used it since the store was started.
-            if "no mailbox is in use" not in str(error):
-                raise
-
-    def _carry_aside(self, address: str, store: str, target: str, since: int) -> int:
-        """As `_carry`, out of what the last removal of the account's mailbox from a store put aside since then."""
-        mailboxes = self._mailboxes(store)
-        aside = mailboxes.aside(address, since)
-        with mailboxes.administration() as admin:
-            return self._carry(admin, aside, address, target, since)
-
-    def _carry(self, here: imaplib.IMAP4, folders: dict[str, str], address: str, target: str, since: int) -> int:
-        """Messages that came since then, into the same folder on `target`. Returns how many.
-
-        folders: {name in the session `here`: the account's own name for it}.
-        """
-        late = {own: mailbox_state.arrived(here, name, since) for name, own in folders.items()}
-        count = 0
-        if any(late.values()):
-            with self._mailboxes(target).acting_for(address) as there:
-                for own, new in late.items():
-                    count += self._append(there, own, new, since)
-        return count
-
-    def _append(self, there: imaplib.IMAP4, name: str, late: dict[str, mailbox_state.Late], since: int) -> int:
-        folder = quoted(name)
-        there.create(folder)
-        known = set(mailbox_state.arrived(there, name, since))
-        missing = [
-            message
-            for guid, message in late.items()
-            if guid not in known and not (message.id and mailbox_state.has(there, message.id))
-        ]
-        for message in missing:
-            status, answer = there.append(folder, " ".join(message.flags), f'"{message.date}"', message.text)
-            if status != "OK":
-                raise StoreError(f"a message that came late for {name} is refused: {answer!r}; run the command again")
-        return len(missing)
-
-    # Connections: each thread has its own.
-
-    @property
-    def _directory(self) -> Directory:
-        if not hasattr(self._own, "directory"):
-            self._own.directory = Directory(self.site, self._secrets)
-            self._made.append(self._own.directory)
-        found: Directory = self._own.directory
-        return found
-
-    def _fresh(self, name: str) -> Mailboxes:
-        return Mailboxes(self.site.stores[name], self._secrets)
-
-    def _mailboxes(self, name: str) -> Mailboxes:
-        if not hasattr(self._own, "mailboxes"):
-            self._own.mailboxes = {}
-        if name not in self._own.mailboxes:
-            self._own.mailboxes[name] = self._fresh(name)
-            self._made.append(self._own.mailboxes[name])
-        found: Mailboxes = self._own.mailboxes[name]
-        return found
-
 
 class _Pace:
     """Lets one start after the other, at most `rate` in a minute."""
@@ -590,12 +232,3 @@ class _Pace:
             mine = max(self._next, time.monotonic())
             self._next = mine + self._gap
         time.sleep(max(0.0, mine - time.monotonic()))
-
-
-def _seconds(text: str) -> float:
-    """A time in Dovecot's notation, "1 min"."""
-    match = re.fullmatch(r"(\d+)\s*(\w*)", text)
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-    if not match:
-        raise MoveError(f"access.cache_time: {text!r} is not a time; write it like 1 min")
-    return float(match[1]) * units.get(match[2][:1] or "s", 1)

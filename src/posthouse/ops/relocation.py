@@ -1,0 +1,405 @@
+"""One account to another store: what is done on the stores, in the directory, and at the access tier. See move.py."""
+
+from __future__ import annotations
+
+import imaplib
+import re
+import shlex
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from posthouse import PosthouseError
+from posthouse.directory import Directory, DirectoryError
+from posthouse.mailboxes import Mailboxes, StoreError, quoted
+from posthouse.model import Site
+from posthouse.ops import failover, mailbox_state
+from posthouse.ops.freeze import Freeze, FreezeError
+from posthouse.ops.mailbox_state import MailboxState
+from posthouse.remote import Remote, RemoteError
+from posthouse.secrets import Secrets
+
+# A pass that takes less is short enough for the last one to be made while writers wait. Seconds.
+SHORT = 1.0
+PASSES = 5
+# Postfix's queue manager may use an answer of the directory for 30 s.
+STRAGGLERS = 35.0
+CYR_EXPIRE = "runuser -u cyrus -- /usr/lib/cyrus/bin/cyr_expire"
+TRIES = 3
+# s for a store's replicas to get all that came: at first a whole mailbox, then the rest of it while writers wait.
+REPLICATED = 600.0
+REPLICATED_SOON = 2.0
+# How often it is asked meanwhile whether they live.
+ASK = 20.0
+
+
+class MoveError(PosthouseError):
+    """A move that is refused or cannot go on; the message says where, why, and what to do."""
+
+
+@dataclass
+class Moved:
+    """What was done. `switched`: whether the account is the target's now; `pause`: seconds for which writing waited;
+    `carried`: messages that came to the source late.
+    """
+
+    address: str
+    source: str
+    target: str
+    switched: bool = False
+    passes: int = 0
+    messages: int = 0
+    pause: float | None = None
+    seconds: float = 0.0
+    carried: int = 0
+    error: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+Progress = Callable[[str, str], None]
+
+
+class Relocation:
+    """An account on its way, with connections of its own; use it as a context manager, in one thread.
+
+    silent: nodes of the access tier that did not answer; added to.
+    """
+
+    def __init__(self, site: Site, secrets: Secrets, remote: Remote, progress: Progress, silent: set[str]) -> None:
+        self._site, self._secrets, self._remote = site, secrets, remote
+        self._say, self._silent = progress, silent
+        self._stores: dict[str, Mailboxes] = {}
+        self._dead: set[str] = set()
+        # Longer than the access tier remembers which store is an account's.
+        self._remembered = _seconds(site.settings("access")["access_cache_time"]) + 10
+
+    def __enter__(self) -> Relocation:
+        self.directory = Directory(self._site, self._secrets)
+        self._states = failover.states(self._site, self._remote)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.directory.close()
+        for mailboxes in self._stores.values():
+            mailboxes.close()
+
+    def mailboxes(self, name: str) -> Mailboxes:
+        """A store, by a connection that is kept."""
+        if name not in self._stores:
+            self._stores[name] = self._fresh(name)
+        return self._stores[name]
+
+    def _fresh(self, name: str) -> Mailboxes:
+        return Mailboxes(self._site.stores[name], self._secrets)
+
+    def move(self, moved: Moved) -> float:
+        """The whole move but for the source's copy. Returns when that may go. Raises MoveError and others."""
+        address, source, target = moved.address, moved.source, moved.target
+        self._say(address, "copying")
+        self._clear(address, source, target)
+        self._start_link(source, target)
+        while moved.passes < PASSES:
+            started = time.monotonic()
+            self._copy(address, source, target)
+            moved.passes += 1
+            if time.monotonic() - started < SHORT:
+                break
+        for _ in range(TRIES):
+            self._replicate(target)
+            found = self._switch(moved)
+            if not found:
+                self._say(address, "switched")
+                moved.carried = self._retire(address, source, target)
+                self._say(address, "waiting for stragglers")
+                # A proxy that could not be told forgets by itself.
+                return time.monotonic() + (self._remembered if moved.notes else STRAGGLERS)
+            self._copy(address, source, target)
+        shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+        raise MoveError(f"{address}: stays on {source}; the copy on {target} is not ready: {shown}")
+
+    def _switch(self, moved: Moved) -> list[str]:
+        """Freezes the source, and makes the target the account's if it is the same. Returns what it lacks."""
+        address, source, target = moved.address, moved.source, moved.target
+        here, there = self._read(address, source, target)
+        # A provider that has died meanwhile is found out now, and not while writers wait.
+        self._check_on(address, source)
+        self._say(address, "freezing")
+        with Freeze(self._remote, self._primary(source), source, address) as frozen:
+            started = time.monotonic()
+            try:
+                self._say(address, "last pass")
+                self._copy(address, source, target, "move-frozen")
+                self._say(address, "comparing")
+                want, have = self._read(address, source, target, (here, there))
+                # From the next step on nobody but the target's nodes has what counts.
+                found = mailbox_state.differences(want, have) or self._not_replicated(target, REPLICATED_SOON)
+                if found:
+                    return found
+                frozen.commit(self._remembered)
+                self._say(address, "switching")
+                moved.notes += self._make_theirs(address, source, target, frozen.since)
+                moved.switched = True
+                moved.messages = want.size
+                frozen.end()
+            finally:
+                moved.pause = round(max(moved.pause or 0.0, time.monotonic() - started), 3)
+            frozen.release()
+        return []
+
+    def _read(
+        self, address: str, source: str, target: str, before: tuple[MailboxState, MailboxState] | None = None
+    ) -> tuple[MailboxState, MailboxState]:
+        """The mailbox on both sides; the source is frozen if there is a `before`, which saves most of the work."""
+        known, copied = before or (None, None)
+        with ThreadPoolExecutor(2) as both:
+            here = both.submit(mailbox_state.read, self._fresh(source), address, known, frozen=bool(before))
+            there = both.submit(mailbox_state.read, self._fresh(target), address, copied)
+            return here.result(), there.result()
+
+    def _make_theirs(self, address: str, source: str, target: str, since: int) -> list[str]:
+        """The move itself: another store in the directory. Returns whom it could not be told, as notes."""
+        lost: PosthouseError | None = None
+        try:
+            self.directory.move(address, source, target, since)
+        except DirectoryError as error:
+            lost = error
+        notes = [] if lost else self._send_sessions_on(address, target)
+        # The answer may be lost though it was done; and what nobody knows but one provider may die with it.
+        if lost or len(notes) == len(self._site.groups["access"]):
+            account = self.directory.get(address)
+            if account is None or account.store != target:
+                # Should that provider come back with the change, this one is newer.
+                self.directory.stay(address, source)
+                raise lost or MoveError(f"{address}: the directory has lost the move; run the command again")
+            notes = self._send_sessions_on(address, target)
+        return notes
+
+    def _check_on(self, address: str, store: str) -> None:
+        account = self.directory.get(address)
+        if account is None or account.store != store:
+            where = f"is on {account.store}" if account else "is no account"
+            raise MoveError(f"{address} {where} now, and not on {store}; its mailboxes are left as they are")
+
+    def _clear(self, address: str, source: str, target: str) -> None:
+        """What is on the target already is a copy that a killed move left, or it is not the account's mailbox."""
+        self._check_on(address, source)
+        self.check_there(address, source, target)
+        if not self._is_copy(address, target, source):
+            self._take_strays(address, target, source)
+        if self.mailboxes(target).was_here(address):
+            # Cyrus would take it up with the scripts, and not install them.
+            self.mailboxes(target).aside(address)
+            self._forget_on_replicas(address, target)
+
+    def check_there(self, address: str, store: str, other: str) -> None:
+        """Refuses if the mailbox is on another store than the directory says: a login there would make a new one."""
+        if not self.mailboxes(store).exists(address) and self.mailboxes(other).exists(address):
+            raise MoveError(
+                f"{address}: the directory has it on {store}, and its mailbox is on {other}; nothing was changed. "
+                f"posthouse drift compares them; posthouse restore brings back what is missing"
+            )
+
+    def _forget_on_replicas(self, address: str, store: str) -> None:
+        """Replicas keep the scripts of an account that left, of which the primary has kept all but these.
+
+        If the account comes back to the store, Cyrus 3.10 crashes on a replica that is told of a folder with the
+        identity of one that it keeps aside, again and again. So they forget what they have kept of this account.
+        """
+        places = self._site.stores[store]
+        command = f"{CYR_EXPIRE} -C /etc/cyrus/{store}/imapd.conf -a -c -x -D 0 -u {shlex.quote(address)}"
+        for node in (places.primary, *places.replicas):
+            if node != self._primary(store):
+                self._remote.run(node, command, timeout=600)
+
+    def _is_copy(self, address: str, store: str, other: str) -> bool:
+        """Whether the account's mailbox on a store, if there is one, is the same as on another one."""
+        one, two = self.mailboxes(store), self.mailboxes(other)
+        return not one.exists(address) or mailbox_state.identity(one, address) == mailbox_state.identity(two, address)
+
+    def _take_strays(self, address: str, store: str, theirs: str) -> int:
+        """Mail that came to a store which the account had left made a new mailbox there: all of it is the account's."""
+        with self.mailboxes(store).acting_for(address) as here:
+            folders = {name: name for name in mailbox_state.folders(here)}
+            count = self._carry(here, folders, address, theirs, since=0)
+        self._replicate(theirs)
+        self.mailboxes(store).delete(address)
+        # What came after the first look.
+        return count + self._carry_aside(address, store, theirs, since=0)
+
+    def _primary(self, store: str) -> str:
+        """The node that serves a store, as it was when this began."""
+        return self._states[store].primary if store in self._states else self._site.stores[store].primary
+
+    def _replicate(self, store: str) -> None:
+        """Waits until the replicas that could have taken over when this began could do so with all that came since.
+
+        One that has died meanwhile is not waited for: the store goes on without it, too.
+        """
+        deadline = time.monotonic() + REPLICATED
+        while late := self._not_replicated(store, ASK):
+            if time.monotonic() > deadline:
+                raise MoveError(late[0])
+            for node in self._in_sync(store):
+                try:
+                    self._remote.run(node, "true", timeout=ASK)
+                except RemoteError:
+                    self._dead.add(node)
+
+    def _not_replicated(self, store: str, seconds: float) -> list[str]:
+        """Why these replicas could not take over with all that there is now; nothing if they could."""
+        if not (replicas := self._in_sync(store)):
+            return []
+        command = shlex.join([failover.KEEPER, "replicated", store, f"{seconds:g}", *replicas])
+        try:
+            self._remote.run(self._primary(store), command, timeout=seconds + 10)
+        except RemoteError as error:
+            if error.status == 255:
+                raise
+            return [str(error)]
+        return []
+
+    def _in_sync(self, store: str) -> list[str]:
+        found = self._states[store].in_sync if store in self._states else ()
+        return [node for node in found if node not in self._dead]
+
+    def _start_link(self, source: str, target: str) -> None:
+        """The way for copies: stunnel on the source's primary; see cyrus-move-STORE.service."""
+        number, port = self._site.stores[source].number, self._site.stores[target].replication_port
+        near = f"127.1.{number // 256}.{number % 256}"
+        command = (
+            f"systemctl start cyrus-move-{source} && for _ in $(seq 50); do "
+            f"timeout 5 bash -c 'exec 3<>/dev/tcp/{near}/{port}' 2>/dev/null && exit; sleep 0.1; done; "
+            f"echo 'cyrus-move-{source} does not listen; see: journalctl -u cyrus-move-{source}' >&2; exit 1"
+        )
+        self._remote.run(self._primary(source), command)
+
+    def _copy(self, address: str, source: str, target: str, conf: str = "move") -> None:
+        """One pass of Cyrus's replication for the account."""
+        client = "runuser -u cyrus -- /usr/lib/cyrus/bin/sync_client"
+        command = f"{client} -C /etc/cyrus/{source}/primary/{conf}.conf -n {target} -o -u {shlex.quote(address)}"
+        self._remote.run(self._primary(source), command, timeout=3600)
+
+    def _send_sessions_on(self, address: str, target: str) -> list[str]:
+        """Makes the access tier forget which store was the account's. Returns what could not be told, as notes."""
+        who, host = shlex.quote(address), self._site.stores[target].host
+        ask = (
+            f"ldapsearch -Q -LLL -Y EXTERNAL -H ldapi://%2Frun%2Fslapd%2Fldapi -b ou=accounts,{self._site.suffix} "
+            f"{shlex.quote(f'(&(uid={address})(mailHost={host}))')} 1.1 | grep -q ^dn:"
+        )
+        command = (
+            f"for _ in $(seq 50); do if {ask}; then exec doveadm auth cache flush {who}; fi; sleep 0.1; done; "
+            f"echo 'its copy of the directory does not know of the move after 5 s' >&2; exit 1"
+        )
+        notes = []
+
+        def tell(node: str) -> None:
+            try:
+                # Writers wait for this: a node that has not answered once is not waited for again.
+                if node in self._silent:
+                    raise RemoteError(node, 255, "does not answer")
+                self._remote.run(node, command, timeout=8)
+            except RemoteError as error:
+                if error.status == 255:
+                    self._silent.add(node)
+                notes.append(f"{error}; logins there are right in {self._remembered:.0f} s")
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(tell, [node.name for node in self._site.groups["access"]]))
+        return notes
+
+    def _retire(self, address: str, source: str, target: str) -> int:
+        """Removes the copy that is no longer the account's mailbox: its store keeps it aside for some days.
+
+        Returns how many messages had come to it after it was compared; they are on the target then.
+        """
+        self._check_on(address, target)
+        left = self.directory.moved(address)
+        if left is None:
+            raise MoveError(f"{address}: the directory knows of no former copy; its mailbox on {source} is left alone")
+        self.check_there(address, target, source)
+        mailboxes = self.mailboxes(source)
+        if mailboxes.exists(address):
+            if not self._is_copy(address, source, target):
+                return 0
+            mailboxes.delete(address)
+        # Also if it is gone already: whoever removed it may have died before this.
+        return self._carry_aside(address, source, target, left[1])
+
+    def let_go(self, address: str, source: str, target: str) -> int:
+        """The end of a move, when nothing comes to the source any more. Returns how many messages came late."""
+        self._check_on(address, target)
+        mailboxes, count = self.mailboxes(source), 0
+        if mailboxes.exists(address):
+            # A replica that became the primary may not have heard of the removal.
+            count = self._retire(address, source, target)
+        if mailboxes.exists(address):
+            count += self._take_strays(address, source, target)
+        self._replicate(target)
+        self.directory.settled(address)
+        return count
+
+    def finish(self, address: str, source: str, target: str, since: int) -> None:
+        """What a move that was killed has left to do."""
+        self._say(address, "letting go")
+        notes = self._send_sessions_on(address, target)
+        told = time.time()
+        self._end_sessions(address, source)
+        self._retire(address, source, target)
+        due = max(since + STRAGGLERS, told + self._remembered if notes else 0.0)
+        time.sleep(max(0.0, due - time.time()))
+        self.let_go(address, source, target)
+
+    def _end_sessions(self, address: str, source: str) -> None:
+        try:
+            with Freeze(self._remote, self._primary(source), source, address) as frozen:
+                frozen.end()
+                frozen.release()
+        except FreezeError as error:
+            # Nobody has used it since the store was started.
+            if "no mailbox is in use" not in str(error):
+                raise
+
+    def _carry_aside(self, address: str, store: str, target: str, since: int) -> int:
+        """As `_carry`, out of what the last removal of the account's mailbox from a store put aside since then."""
+        mailboxes = self.mailboxes(store)
+        aside = mailboxes.aside(address, since)
+        with mailboxes.administration() as admin:
+            return self._carry(admin, aside, address, target, since)
+
+    def _carry(self, here: imaplib.IMAP4, folders: dict[str, str], address: str, target: str, since: int) -> int:
+        """Messages that came since then, into the same folder on `target`. Returns how many.
+
+        folders: {name in the session `here`: the account's own name for it}.
+        """
+        late = {own: mailbox_state.arrived(here, name, since) for name, own in folders.items()}
+        count = 0
+        if any(late.values()):
+            with self.mailboxes(target).acting_for(address) as there:
+                for own, new in late.items():
+                    count += self._append(there, own, new, since)
+        return count
+
+    def _append(self, there: imaplib.IMAP4, name: str, late: dict[str, mailbox_state.Late], since: int) -> int:
+        folder = quoted(name)
+        there.create(folder)
+        known = set(mailbox_state.arrived(there, name, since))
+        missing = [
+            message
+            for guid, message in late.items()
+            if guid not in known and not (message.id and mailbox_state.has(there, message.id))
+        ]
+        for message in missing:
+            status, answer = there.append(folder, " ".join(message.flags), f'"{message.date}"', message.text)
+            if status != "OK":
+                raise StoreError(f"a message that came late for {name} is refused: {answer!r}; run the command again")
+        return len(missing)
+
+
+def _seconds(text: str) -> float:
+    """A time in Dovecot's notation, "1 min"."""
+    match = re.fullmatch(r"(\d+)\s*(\w*)", text)
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    if not match:
+        raise MoveError(f"access.cache_time: {text!r} is not a time; write it like 1 min")
+    return float(match[1]) * units.get(match[2][:1] or "s", 1)
