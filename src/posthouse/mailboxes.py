@@ -9,7 +9,7 @@ import socket
 import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -19,6 +19,7 @@ from posthouse.secrets import Secrets
 
 TIMEOUT = 30  # s; a store that takes longer for one command is as good as down
 SCRIPT = "posthouse"
+SCRIPTS = "#sieve"  # the folder in which Cyrus has an account's scripts
 
 _templates = jinja2.Environment(
     loader=jinja2.FileSystemLoader(roles.ROOT / "templates"),
@@ -29,6 +30,13 @@ _templates = jinja2.Environment(
 
 class StoreError(PosthouseError):
     """A store cannot be reached, or refuses; the message says where, what, and what to do."""
+
+
+class Aside(NamedTuple):
+    """A folder that was removed: its name before, and when, in seconds since 1970."""
+
+    name: str
+    at: int
 
 
 class Mailboxes:
@@ -128,39 +136,32 @@ class Mailboxes:
             raise self._error("ManageSieve", error) from None
         return found
 
-    def aside(self, address: str, since: int = 0) -> dict[str, str]:
-        """What the last `delete` put aside, if it was after `since` (seconds since 1970) or not long before.
-
-        Returns {a folder's name there: its name when it was the account's}.
-
-        The administrator may read them from now on. Scripts are removed for good: should the account come back to this
-        store, Cyrus would take the mailbox with its scripts out of there, and not install them. Raises StoreError.
-        """
+    def aside(self, address: str) -> dict[str, Aside]:
+        """What `delete` has put aside of the account, by the folders' names there. Raises StoreError."""
         local, _, domain = address.partition("@")
         # DELETED/user/alice/Folder/6B0C1D2E@lab.test: the last part is when, in hexadecimal seconds.
         pattern = re.compile(rf"DELETED/user/{re.escape(local)}/(?:(.*)/)?([0-9A-F]{{8}})@{re.escape(domain)}")
         try:
             answer = _expect(self._admin().list('""', f'"DELETED/user/{local}/*@{domain}"'))
-            matches = [match for name in folder_names(answer) if (match := pattern.fullmatch(name))]
-            # Its folders go one after the other; a delete before this one was longer ago.
-            last = max((int(match[2], 16) for match in matches), default=0)
-            first = max(last, since) - 60
-            names = {match[0]: match[1] or "INBOX" for match in matches if int(match[2], 16) >= first}
-            for name, own in names.items():
+        except (imaplib.IMAP4.error, OSError) as error:
+            raise self._admin_error(error) from None
+        matches = [match for name in folder_names(answer) if (match := pattern.fullmatch(name))]
+        return {match[0]: Aside(match[1] or "INBOX", int(match[2], 16)) for match in matches}
+
+    def open_aside(self, found: dict[str, Aside]) -> dict[str, str]:
+        """Lets the administrator read what was put aside. Returns {a folder's name there: its name before}.
+
+        Scripts are removed for good: should the account come back to this store, Cyrus would take the mailbox with its
+        scripts out of there, and not install them. Raises StoreError.
+        """
+        try:
+            for name, one in found.items():
                 _expect(self._admin().setacl(quoted(name), "admin", "lrx"))
-                if own == "#sieve":
+                if one.name == SCRIPTS:
                     _expect(self._admin().delete(quoted(name)))
         except (imaplib.IMAP4.error, OSError) as error:
             raise self._admin_error(error) from None
-        return {name: own for name, own in names.items() if own != "#sieve"}
-
-    def was_here(self, address: str) -> bool:
-        """Whether anything of the account is kept aside. Raises StoreError."""
-        local, _, domain = address.partition("@")
-        try:
-            return any(_expect(self._admin().list('""', f'"DELETED/user/{local}/*@{domain}"')))
-        except (imaplib.IMAP4.error, OSError) as error:
-            raise self._admin_error(error) from None
+        return {name: one.name for name, one in found.items() if one.name != SCRIPTS}
 
     @contextmanager
     def administration(self) -> Iterator[imaplib.IMAP4]:

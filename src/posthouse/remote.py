@@ -74,9 +74,10 @@ class Remote:
                 complaints[source] = giver.stderr.read()
                 giver.wait(timeout=60)
             except subprocess.TimeoutExpired:
+                raise RemoteError(source, 255, f"no end within {timeout:g} s of: {command}") from None
+            finally:
                 giver.kill()
                 taker.kill()
-                raise RemoteError(source, 255, f"no end within {timeout:g} s of: {command}") from None
         for name, process in ((source, giver), (target, taker)):
             if process.returncode:
                 text = complaints[name].decode(errors="replace").strip()

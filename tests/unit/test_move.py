@@ -66,7 +66,7 @@ class Nodes:
 
 
 def relocation_of(site: Site, entry: Entry, nodes: Nodes) -> Relocation:
-    made = Relocation(site, secrets.placeholders(site), nodes, lambda address, phase: None, set())
+    made = Relocation(site, secrets.placeholders(site), nodes, lambda address, phase: None, {})
     made.directory = entry
     made._states = {"s02": State("mail2", in_sync=("mail3",))}
     return made
@@ -85,13 +85,20 @@ def test_a_move_of_which_only_the_answer_was_lost_counts(site: Site) -> None:
     assert (entry.store, entry.stayed) == ("s02", False)
 
 
-def test_a_move_that_no_other_node_has_heard_of_is_asked_for_once_more(site: Site) -> None:
+def test_a_move_that_no_other_node_has_heard_of_is_taken_back(site: Site) -> None:
     entry = Entry()
     unheard = Nodes(doveadm={"lb1": "does not know of the move", "lb2": "does not know of the move"})
-    entry.get = lambda address: SimpleNamespace(address=address, store="s01")
-    with pytest.raises(MoveError, match="the directory has lost the move"):
+    with pytest.raises(MoveError, match="no node of the access tier hears of its move: lb"):
         relocation_of(site, entry, unheard)._make_theirs("alice@lab.test", "s01", "s02", 0)
-    assert entry.stayed
+    assert (entry.store, entry.stayed) == ("s01", True)
+
+
+def test_a_move_that_another_one_overtook_leaves_that_as_it_is(site: Site) -> None:
+    entry = Entry("mail1 refused", done=False)
+    entry.get = lambda address: SimpleNamespace(address=address, store="s03")
+    with pytest.raises(DirectoryError, match="refused"):
+        relocation_of(site, entry, Nodes())._make_theirs("alice@lab.test", "s01", "s02", 0)
+    assert not entry.stayed
 
 
 def test_an_access_node_that_is_gone_is_waited_for_once(site: Site) -> None:
@@ -108,7 +115,15 @@ def test_a_replica_that_has_died_is_not_waited_for_and_one_that_is_late_is(
 ) -> None:
     monkeypatch.setattr(relocation, "ASK", 0.0)
     monkeypatch.setattr(relocation, "REPLICATED", 0.05)
+    monkeypatch.setattr(relocation.failover, "primaries", lambda *_: {"s02": "mail2"})
     late = {"mail2": "s02: mail3 did not get everything within 0 s"}
     with pytest.raises(MoveError, match="mail3 did not get everything"):
         relocation_of(site, Entry(), Nodes(replicated=late))._replicate("s02")
     relocation_of(site, Entry(), Nodes(replicated=late, true={"mail3": "gone"}))._replicate("s02")
+
+
+def test_a_store_that_another_node_serves_by_now_ends_the_wait(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relocation.failover, "primaries", lambda *_: {"s02": "mail3"})
+    served = {"mail2": "s02: mail3 serves it now"}
+    with pytest.raises(MoveError, match="s02 is served by mail3 now; run the command again"):
+        relocation_of(site, Entry(), Nodes(replicated=served))._replicate("s02")

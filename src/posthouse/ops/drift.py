@@ -112,10 +112,6 @@ def _layers(site: Site, seen: Mapping[str, dict[str, Any] | str]) -> Iterator[Fi
             place, _, identifier = held.partition(" ")
             fix = f"on {node}: postsuper -c {place} -H {identifier}"
             yield Finding(node, "data", f"message {identifier}", f"is held in the queue of {place}", fix)
-        for store, accounts in found["data"]["stopped"].items():
-            for account in accounts:
-                fix = f"run again what moves it, which releases it at its end: posthouse move {account} --to STORE"
-                yield Finding(node, "data", f"{account} on {store}", "has its deliveries held", fix)
 
 
 def lagging(directories: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import subprocess
 import time
 import types
@@ -191,13 +190,12 @@ def _firewall(files: dict[str, Any]) -> list[Any]:
 
 
 def _data(look_for: dict[str, Any]) -> dict[str, Any]:
-    """What tiers know of their data: {"addresses", "directory", "stores", "held", "stopped"}."""
+    """What tiers know of their data: {"addresses", "directory", "stores", "held"}."""
     return {
         "addresses": [line.split()[3].split("/")[0] for line in run("ip", "-4", "-o", "address").splitlines()],
         "directory": _directory() if look_for["directory"] else None,
         "stores": {store: _replication(Path(folder)) for store, folder in look_for["stores"].items()},
         "held": [item for place in look_for["queues"] for item in _held(place)],
-        "stopped": {store: _stopped(Path(f"/run/posthouse/gate-{store}.sock")) for store in look_for["stores"]},
     }
 
 
@@ -227,16 +225,3 @@ def _held(place: str) -> list[str]:
     """Messages that nobody will deliver until they are released."""
     entries = [json.loads(line) for line in run("postqueue", "-c", place, "-j").splitlines()]
     return [f"{place} {entry['queue_id']}" for entry in entries if entry["queue_name"] == "hold"]
-
-
-def _stopped(gate: Path) -> list[str]:
-    """Accounts whose deliveries a store's gate puts off until somebody releases them."""
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(5)
-            connection.connect(str(gate))
-            connection.sendall(b"HELD\n")
-            answer = connection.makefile("r").readline().split()
-    except OSError:
-        return []  # this node does not serve the store
-    return answer[1:] if answer[:1] == ["OK"] else []

@@ -85,7 +85,7 @@ class Mover:
         self._secrets = secrets
         self._remote = Remote(site)
         self._say = progress
-        self._silent: set[str] = set()
+        self._silent: dict[str, float] = {}
 
     def _relocation(self) -> Relocation:
         return Relocation(self.site, self._secrets, self._remote, self._say, self._silent)
@@ -172,13 +172,14 @@ class Mover:
         moved = Moved(move.address, move.source, move.target, messages=move.messages)
         started = time.monotonic()
         try:
+            if move.source != move.target:
+                pace.wait()
             with self._relocation() as on:
                 if move.left:
                     on.finish(move.address, move.left[0], move.source, move.left[1])
                 if move.source == move.target:
                     self._say(move.address, "done")
                     return moved, None
-                pace.wait()
                 due = on.move(moved)
         except Exception as error:  # whatever it is, the others go on
             return self._failed(moved, error), None

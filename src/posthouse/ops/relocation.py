@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from posthouse import PosthouseError
 from posthouse.directory import Directory, DirectoryError
-from posthouse.mailboxes import Mailboxes, StoreError, quoted
+from posthouse.mailboxes import Aside, Mailboxes, StoreError, quoted
 from posthouse.model import Site
 from posthouse.ops import failover, mailbox_state
 from posthouse.ops.freeze import Freeze, FreezeError
@@ -32,6 +32,8 @@ REPLICATED = 600.0
 REPLICATED_SOON = 2.0
 # How often it is asked meanwhile whether they live.
 ASK = 20.0
+# s for which a node of the access tier that does not answer is left alone.
+FORGOTTEN = 60.0
 
 
 class MoveError(PosthouseError):
@@ -63,10 +65,12 @@ Progress = Callable[[str, str], None]
 class Relocation:
     """An account on its way, with connections of its own; use it as a context manager, in one thread.
 
-    silent: nodes of the access tier that did not answer; added to.
+    silent: {node of the access tier that did not answer: since when (monotonic)}; kept up to date.
     """
 
-    def __init__(self, site: Site, secrets: Secrets, remote: Remote, progress: Progress, silent: set[str]) -> None:
+    def __init__(
+        self, site: Site, secrets: Secrets, remote: Remote, progress: Progress, silent: dict[str, float]
+    ) -> None:
         self._site, self._secrets, self._remote = site, secrets, remote
         self._say, self._silent = progress, silent
         self._stores: dict[str, Mailboxes] = {}
@@ -136,7 +140,10 @@ class Relocation:
                 found = mailbox_state.differences(want, have) or self._not_replicated(target, REPLICATED_SOON)
                 if found:
                     return found
-                frozen.commit(self._remembered)
+                try:
+                    frozen.commit(self._remembered)
+                except FreezeError as error:
+                    return [str(error)]
                 self._say(address, "switching")
                 moved.notes += self._make_theirs(address, source, target, frozen.since)
                 moved.switched = True
@@ -165,15 +172,20 @@ class Relocation:
         except DirectoryError as error:
             lost = error
         notes = [] if lost else self._send_sessions_on(address, target)
-        # The answer may be lost though it was done; and what nobody knows but one provider may die with it.
-        if lost or len(notes) == len(self._site.groups["access"]):
-            account = self.directory.get(address)
-            if account is None or account.store != target:
-                # Should that provider come back with the change, this one is newer.
-                self.directory.stay(address, source)
-                raise lost or MoveError(f"{address}: the directory has lost the move; run the command again")
+        if not lost and len(notes) < len(self._site.groups["access"]):
+            return notes
+        # The answer may be lost though it was done; and what nobody but one provider knows may die with it.
+        account = self.directory.get(address)
+        if account and account.store == target:
             notes = self._send_sessions_on(address, target)
-        return notes
+            if len(notes) < len(self._site.groups["access"]):
+                return notes
+            lost = MoveError(f"{address}: no node of the access tier hears of its move: {notes[0]}")
+        # Not if somebody else has moved it meanwhile.
+        if account and account.store in (source, target):
+            # Should a provider come back with the change, this one is newer.
+            self.directory.stay(address, source)
+        raise lost or MoveError(f"{address}: the directory has lost the move; run the command again")
 
     def _check_on(self, address: str, store: str) -> None:
         account = self.directory.get(address)
@@ -187,9 +199,8 @@ class Relocation:
         self.check_there(address, source, target)
         if not self._is_copy(address, target, source):
             self._take_strays(address, target, source)
-        if self.mailboxes(target).was_here(address):
-            # Cyrus would take it up with the scripts, and not install them.
-            self.mailboxes(target).aside(address)
+        if former := self.mailboxes(target).aside(address):
+            self.mailboxes(target).open_aside(former)
             self._forget_on_replicas(address, target)
 
     def check_there(self, address: str, store: str, other: str) -> None:
@@ -223,9 +234,8 @@ class Relocation:
             folders = {name: name for name in mailbox_state.folders(here)}
             count = self._carry(here, folders, address, theirs, since=0)
         self._replicate(theirs)
-        self.mailboxes(store).delete(address)
-        # What came after the first look.
-        return count + self._carry_aside(address, store, theirs, since=0)
+        # And what came after this look.
+        return count + self._carry_aside(self._remove(address, store), address, store, theirs, since=0)
 
     def _primary(self, store: str) -> str:
         """The node that serves a store, as it was when this began."""
@@ -240,6 +250,9 @@ class Relocation:
         while late := self._not_replicated(store, ASK):
             if time.monotonic() > deadline:
                 raise MoveError(late[0])
+            now = failover.primaries(self._site, self._remote)[store]
+            if now != self._primary(store):
+                raise MoveError(f"{store} is served by {now} now; run the command again")
             for node in self._in_sync(store):
                 try:
                     self._remote.run(node, "true", timeout=ASK)
@@ -295,13 +308,14 @@ class Relocation:
 
         def tell(node: str) -> None:
             try:
-                # Writers wait for this: a node that has not answered once is not waited for again.
-                if node in self._silent:
+                # Writers wait for this: a node that has not answered is not asked again at once.
+                if time.monotonic() - self._silent.get(node, -FORGOTTEN) < FORGOTTEN:
                     raise RemoteError(node, 255, "does not answer")
+                self._silent.pop(node, None)
                 self._remote.run(node, command, timeout=8)
             except RemoteError as error:
                 if error.status == 255:
-                    self._silent.add(node)
+                    self._silent.setdefault(node, time.monotonic())
                 notes.append(f"{error}; logins there are right in {self._remembered:.0f} s")
 
         with ThreadPoolExecutor() as pool:
@@ -322,9 +336,19 @@ class Relocation:
         if mailboxes.exists(address):
             if not self._is_copy(address, source, target):
                 return 0
-            mailboxes.delete(address)
-        # Also if it is gone already: whoever removed it may have died before this.
-        return self._carry_aside(address, source, target, left[1])
+            removed = self._remove(address, source)
+        else:
+            # Whoever removed it may have died before what follows.
+            found = mailboxes.aside(address)
+            first = max([left[1], *(one.at for one in found.values())]) - 60
+            removed = {name: one for name, one in found.items() if one.at >= first}
+        return self._carry_aside(removed, address, source, target, left[1])
+
+    def _remove(self, address: str, store: str) -> dict[str, Aside]:
+        """Removes the account's mailbox from a store. Returns what the store has put aside with that."""
+        before = self.mailboxes(store).aside(address)
+        self.mailboxes(store).delete(address)
+        return {name: one for name, one in self.mailboxes(store).aside(address).items() if name not in before}
 
     def let_go(self, address: str, source: str, target: str) -> int:
         """The end of a move, when nothing comes to the source any more. Returns how many messages came late."""
@@ -360,12 +384,11 @@ class Relocation:
             if "no mailbox is in use" not in str(error):
                 raise
 
-    def _carry_aside(self, address: str, store: str, target: str, since: int) -> int:
-        """As `_carry`, out of what the last removal of the account's mailbox from a store put aside since then."""
-        mailboxes = self.mailboxes(store)
-        aside = mailboxes.aside(address, since)
-        with mailboxes.administration() as admin:
-            return self._carry(admin, aside, address, target, since)
+    def _carry_aside(self, found: dict[str, Aside], address: str, store: str, target: str, since: int) -> int:
+        """As `_carry`, out of what a store has put aside."""
+        folders = self.mailboxes(store).open_aside(found)
+        with self.mailboxes(store).administration() as admin:
+            return self._carry(admin, folders, address, target, since)
 
     def _carry(self, here: imaplib.IMAP4, folders: dict[str, str], address: str, target: str, since: int) -> int:
         """Messages that came since then, into the same folder on `target`. Returns how many.

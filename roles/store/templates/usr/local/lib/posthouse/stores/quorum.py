@@ -51,10 +51,6 @@ class Quorum:
         """Sets a key that only one node ever sets. Raises NoQuorum."""
         self._call("kv/put", {"key": _b64(key), "value": _b64(json.dumps(value))}, seconds)
 
-    def delete(self, key, seconds):
-        """Removes a key. Raises NoQuorum."""
-        self._call("kv/deleterange", {"key": _b64(key)}, seconds)
-
     def close(self):
         """Ends the connection; the next call makes a new one."""
         if self._connection is not None:
