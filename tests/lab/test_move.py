@@ -368,6 +368,9 @@ def test_replica_behind(site, platform, nodes, make, stores, home):
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_node_lost(site, platform, nodes, friend, world, posthouse, make, stores, home, side, phase):
     """The {side}'s node loses power ({phase}): others serve, a rerun finishes without it, it brings nothing back"""
+    # Connections that a lost node had do not outlive it.
+    stores.source.close()
+    stores.target.close()
     people = make(14)
     odd, *quiet = people[:10]
     busy = people[10:]

@@ -187,9 +187,10 @@ def _folders(connection: imaplib.IMAP4) -> Iterator[tuple[str, tuple[str, ...]]]
 
 def _folder(connection: imaplib.IMAP4, name: str, use: tuple[str, ...], base: Folder, frozen: bool) -> Folder:
     rights = _ask(connection, "GETACL", quoted(name), answer="ACL")[0][1:]
-    known = base.annotations if frozen else _annotations(connection, name)
     count = _select(connection, name)
     said = {word: connection.response(word)[1][0] for word in ("UIDVALIDITY", "UIDNEXT", "HIGHESTMODSEQ", "MAILBOXID")}
+    # After the folder's own state: should mail come in between, that has changed when it is compared with this.
+    known = base.annotations if frozen else _annotations(connection, name)
     folder = Folder(
         uidvalidity=int(said["UIDVALIDITY"]),
         uidnext=int(said["UIDNEXT"]),
