@@ -478,13 +478,15 @@ def test_refused(site, nodes, posthouse, make, stores):
 
     assert "no account nobody@" in refused(f"nobody@{site.domain}", "--to", target.name)
     assert "no store 's99'" in refused(person.address, "--to", "s99")
-    free = int(nodes.run(target.primary, "df --output=avail -B1 /srv | tail -1"))
     fill(stores.source, person, 2_000)
-    nodes.run(target.primary, f"fallocate -l {free - 500_000} /srv/full")
     try:
+        # It may have a replica of the source, which is still getting these messages.
+        eventually(lambda: failover.states(site)[source.name].lag == {source.replicas[0]: 0.0}, 60, "replicas")
+        free = int(nodes.run(target.primary, "df --output=avail -B1 /srv | tail -1"))
+        nodes.run(target.primary, f"fallocate -l {free - 500_000} /srv/full")
         assert f"no room: {target.primary} has 0 MiB free" in refused(person.address, "--to", target.name)
     finally:
-        nodes.run(target.primary, "rm /srv/full")
+        nodes.run(target.primary, "rm -f /srv/full")
     first = mover(site, person.address, "--to", target.name)
     next(line for line in first.stderr if line.strip().endswith(": copying"))
     assert "already running" in refused(person.address, "--to", target.name)
