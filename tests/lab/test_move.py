@@ -252,6 +252,7 @@ def under_way(site, platform, nodes, friend, world, make, stores, count: int, si
 
 
 # Before those that move many: while no store has far more accounts than others, few more make them even.
+@pytest.mark.full
 def test_killed_and_rebalanced(site, posthouse, make, stores, tmp_path):
     """`rebalance` finishes what a mover left that was killed: nothing of the account is on its former store"""
     (person,) = make(1)
@@ -321,6 +322,7 @@ def can_write(platform: Platform, person: Person) -> bool:
     return False
 
 
+@pytest.mark.full
 def test_interrupted(site, posthouse, make, stores):
     """Ctrl-C lets the account that is on its way arrive, and begins no other; the same command moves the rest"""
     people = make(3)

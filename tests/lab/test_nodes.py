@@ -130,6 +130,7 @@ def test_drain_store(platform, nodes, friend, people, world, site, drained):
         assert nodes.run(node, f"postqueue -c {conf} -j") == ""
 
 
+@pytest.mark.full
 def test_drain_waits(platform, nodes, people, site, drained):
     """A drain waits, before it changes anything, for a replica that lacks something for a moment"""
     store = people.alice.store
