@@ -199,7 +199,9 @@ class Relocation:
         self.check_there(address, source, target)
         if not self._is_copy(address, target, source):
             self._take_strays(address, target, source)
-        if former := self.mailboxes(target).aside(address):
+        former = self.mailboxes(target).aside(address)
+        # Not only a folder that was deleted, of which a copy brings what is aside along.
+        if any(one.name == "INBOX" for one in former.values()):
             self.mailboxes(target).open_aside(former)
             self._forget_on_replicas(address, target)
 
@@ -221,7 +223,13 @@ class Relocation:
         command = f"{CYR_EXPIRE} -C /etc/cyrus/{store}/imapd.conf -a -c -x -D 0 -u {shlex.quote(address)}"
         for node in (places.primary, *places.replicas):
             if node != self._primary(store):
-                self._remote.run(node, command, timeout=600)
+                try:
+                    self._remote.run(node, command, timeout=600)
+                except RemoteError as error:
+                    raise MoveError(
+                        f"{address} was on {store} before, and {node} has to forget what it keeps of that: {error}; "
+                        "run the command again when it answers"
+                    ) from None
 
     def _is_copy(self, address: str, store: str, other: str) -> bool:
         """Whether the account's mailbox on a store, if there is one, is the same as on another one."""
