@@ -300,6 +300,11 @@ def test_killed(site, platform, make, stores):
     before = {person: stores.state(stores.source, person) for person in people}
     for person, phase in zip(people, PHASES, strict=True):
         killed(site, person, stores.target, phase)
+    # What Postfix still sends to the former copy is the account's as well.
+    switched = people[PHASES.index("switched")]
+    straggler = letter("late@example.net", switched.address)
+    with stores.source.acting_for(switched.address) as session:
+        assert session.append("INBOX", "", "", straggler.data)[0] == "OK"
     for person in people:
         # Only where the access tier still remembers the former store does it take until it has forgotten.
         eventually(lambda p=person: can_write(platform, p), 90, f"{person.address} to be of use")
@@ -309,9 +314,12 @@ def test_killed(site, platform, make, stores):
         after = stores.state(stores.target, person)
         written = after.folders["Drafts"].messages
         assert len(written) == 1
-        found = [line for line in differences(before[person], after) if not line.startswith("folder Drafts")]
-        assert found == []
+        touched = ("folder Drafts", "folder INBOX") if person == switched else "folder Drafts"
+        assert [line for line in differences(before[person], after) if not line.startswith(touched)] == []
         assert not stores.source.exists(person.address)
+    with Imap(platform, switched) as imap:
+        assert len(imap.messages(straggler.id)) == 1
+        assert imap.select("INBOX")[1] == [b"4"]
 
 
 def can_write(platform: Platform, person: Person) -> bool:
