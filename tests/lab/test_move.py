@@ -493,7 +493,7 @@ def test_refused(site, nodes, posthouse, make, stores):
         # It may have a replica of the source, which is still getting these messages.
         eventually(lambda: failover.states(site)[source.name].lag == {source.replicas[0]: 0.0}, 60, "replicas")
         free = int(nodes.run(target.primary, "df --output=avail -B1 /srv | tail -1"))
-        nodes.run(target.primary, f"fallocate -l {free - 500_000} /srv/full")
+        nodes.run(target.primary, f"head -c {free - 500_000} /dev/zero >/srv/full || true")
         assert f"no room: {target.primary} has 0 MiB free" in refused(person.address, "--to", target.name)
     finally:
         nodes.run(target.primary, "rm -f /srv/full")
