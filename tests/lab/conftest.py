@@ -164,7 +164,8 @@ def settled(site: Any) -> dict[str, failover.State]:
                 return states
         return None
 
-    found = eventually(sound, 120, "a primary and a replica in sync for every store")
+    # Longer than Cyrus waits for a peer that went away in the middle of a comparison.
+    found = eventually(sound, 240, "a primary and a replica in sync for every store")
     assert found
     return found
 

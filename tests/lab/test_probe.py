@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import settled
 
 from posthouse import lab, run
 from posthouse.probe.clients import Imap, Sieve, Smtp, eventually, letter
@@ -194,7 +195,7 @@ def test_without_fsync(platform, nodes, friend, people, site, posthouse):
         eventually(lambda: nodes.serving(node), 90, f"{node} serving again")
         report = check(ledger, site)
     # Others took over its stores meanwhile; they go back when it has all of their mail.
-    nodes.run(node, "timeout 90 /usr/local/lib/posthouse/store-keeper settled")
+    settled(site)
     posthouse("failback", "--all", "--site", site.name)
     assert before.ok, before.complaints()
     assert before.found.get("queue"), stream.failures
