@@ -466,14 +466,6 @@ def _listed(nodes, store, person: Person) -> dict[str, str]:
     return {node: nodes.run(node, command) for node in (store.primary, *store.replicas)}
 
 
-def serves(mailboxes: Mailboxes) -> bool:
-    """Whether a store answers."""
-    with contextlib.suppress(Exception):
-        mailboxes.exists("nobody")
-        return True
-    return False
-
-
 @pytest.mark.full
 def test_refused(site, nodes, posthouse, make, stores):
     """What cannot be moved is refused with the reason, and nothing changes"""
