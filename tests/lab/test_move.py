@@ -189,12 +189,13 @@ def mover(site, *arguments: str) -> subprocess.Popen[str]:
     return MOVERS[-1]
 
 
-def killed(site, person: Person, to: Mailboxes, phase: str) -> None:
-    """A mover that says that it is in a phase, and dies."""
+def killed(site, person: Person, to: Mailboxes, phase: str, and_then: Callable[[], None] = lambda: None) -> None:
+    """A mover that says that it is in a phase, and dies when `and_then` is over."""
     process = mover(site, person.address, "--to", to.store.name)
     for line in process.stderr:
         if line.strip() == f"{person.address}: {phase}":
             break
+    and_then()
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, f"{phase} never came"
@@ -320,6 +321,23 @@ def test_killed(site, platform, make, stores):
     with Imap(platform, switched) as imap:
         assert len(imap.messages(straggler.id)) == 1
         assert imap.select("INBOX")[1] == [b"4"]
+
+
+def test_killed_untold(site, nodes, make, stores, posthouse):
+    """A mover dies when only the directory knows of the move: the guard that it left does not stop the rerun"""
+    (person,) = make(1)
+    before = stores.state(stores.source, person)
+
+    def listed() -> bool:
+        shown = json.loads(posthouse("account", "show", person.address, "--site", site.name, "--json"))
+        return shown["store"] == stores.target.store.name
+
+    # For 5 s the mover waits for this node's copy of the directory to hear of it.
+    with paused(nodes, nodes.of("access")[0], "slapd"):
+        killed(site, person, stores.target, "switching", lambda: eventually(listed, 5, "the directory's change"))
+    assert [one["address"] for one in moved(site, [person], stores.target)] == [person.address]
+    assert differences(before, stores.state(stores.target, person)) == []
+    assert not stores.source.exists(person.address)
 
 
 def can_write(platform: Platform, person: Person) -> bool:

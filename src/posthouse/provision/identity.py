@@ -14,7 +14,7 @@ _GRUB = """\
 set timeout=1
 {search}
 menuentry Debian {{
-    linux /vmlinuz root={root} ro quiet systemd.crash_action=reboot console=tty0 console=ttyS0,115200
+    linux /vmlinuz root={root} ro quiet systemd.crash_action=reboot panic=10 console=tty0 console=ttyS0,115200
     initrd /initrd.img
 }}
 """
