@@ -10,13 +10,8 @@ one for each folder: fetching them would cost more than all the rest together.
 
 from __future__ import annotations
 
-import calendar
-import datetime
-import email
-import email.policy
 import imaplib
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -120,49 +115,13 @@ def extent(mailboxes: Mailboxes, address: str) -> tuple[int, int]:
 def identity(mailboxes: Mailboxes, address: str) -> str:
     """What makes an account's inbox the one that it is, wherever it is copied to. Raises StoreError."""
     with mailboxes.acting_for(address) as connection:
-        _select(connection, "INBOX")
+        select(connection, "INBOX")
         return str(connection.response("MAILBOXID")[1][0])
 
 
 def folders(connection: imaplib.IMAP4) -> list[str]:
     """Names of the account's own folders."""
     return [name for name, _ in _folders(connection)]
-
-
-class Late(NamedTuple):
-    """A whole message. `id` is its Message-ID."""
-
-    id: str
-    date: str
-    flags: tuple[str, ...]
-    text: bytes
-
-
-def arrived(connection: imaplib.IMAP4, name: str, since: int) -> dict[str, Late]:
-    """What came to a folder since then (seconds since 1970), by GUID. Selects the folder."""
-    # Not by SEARCH: in a folder that was put aside Cyrus answers it with nothing, whatever is there.
-    known = messages(connection) if _select(connection, name) else {}
-    new = {uid: one for uid, one in known.items() if calendar.timegm(_when(one.date)) >= since}
-    found = {}
-    for uid, message in new.items():
-        data = connection.uid("FETCH", str(uid), "(BODY.PEEK[])")[1]
-        text = next(part[1] for part in data if isinstance(part, tuple))
-        id = email.message_from_bytes(text, policy=email.policy.default).get("Message-ID", "")
-        found[message.guid] = Late(str(id).strip(), message.date, message.flags, text)
-    return found
-
-
-def has(connection: imaplib.IMAP4, id: str) -> bool:
-    """Whether the selected folder has a message with this Message-ID."""
-    status, data = connection.uid("SEARCH", "HEADER", "Message-ID", quoted(id))
-    if status != "OK":
-        raise imaplib.IMAP4.error(f"SEARCH: {data!r}")
-    return bool(data[0])
-
-
-def _when(date: str) -> time.struct_time:
-    moment = datetime.datetime.strptime(date, "%d-%b-%Y %H:%M:%S %z")
-    return moment.utctimetuple()
 
 
 def _folders(connection: imaplib.IMAP4) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -178,7 +137,7 @@ def _folders(connection: imaplib.IMAP4) -> Iterator[tuple[str, tuple[str, ...]]]
 
 def _folder(connection: imaplib.IMAP4, name: str, use: tuple[str, ...], base: Folder, frozen: bool) -> Folder:
     rights = _ask(connection, "GETACL", quoted(name), answer="ACL")[0][1:]
-    count = _select(connection, name)
+    count = select(connection, name)
     said = {word: connection.response(word)[1][0] for word in ("UIDVALIDITY", "UIDNEXT", "HIGHESTMODSEQ", "MAILBOXID")}
     # After the folder's own state: should mail come in between, that has changed when it is compared with this.
     known = base.annotations if frozen else _annotations(connection, name)
@@ -210,7 +169,7 @@ def _status(connection: imaplib.IMAP4, name: str) -> list[Any]:
     return words
 
 
-def _select(connection: imaplib.IMAP4, name: str) -> int:
+def select(connection: imaplib.IMAP4, name: str) -> int:
     """Opens a folder for reading; returns how many messages it has."""
     status, data = connection.select(quoted(name), readonly=True)
     if status != "OK":

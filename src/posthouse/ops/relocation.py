@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import imaplib
 import re
 import shlex
 import time
@@ -12,9 +11,9 @@ from dataclasses import dataclass, field
 
 from posthouse import PosthouseError
 from posthouse.directory import Directory, DirectoryError
-from posthouse.mailboxes import Aside, Mailboxes, StoreError, quoted
+from posthouse.mailboxes import Aside, Mailboxes
 from posthouse.model import Site
-from posthouse.ops import failover, mailbox_state
+from posthouse.ops import failover, late, mailbox_state
 from posthouse.ops.freeze import Freeze, FreezeError
 from posthouse.ops.mailbox_state import MailboxState
 from posthouse.remote import Remote, RemoteError
@@ -238,12 +237,11 @@ class Relocation:
 
     def _take_strays(self, address: str, store: str, theirs: str) -> int:
         """Mail that came to a store which the account had left made a new mailbox there: all of it is the account's."""
-        with self.mailboxes(store).acting_for(address) as here:
-            folders = {name: name for name in mailbox_state.folders(here)}
-            count = self._carry(here, folders, address, theirs, since=0)
+        mailboxes, target = self.mailboxes(store), self.mailboxes(theirs)
+        count = late.carry(address, mailboxes, target)
         self._replicate(theirs)
         # And what came after this look.
-        return count + self._carry_aside(self._remove(address, store), address, store, theirs, since=0)
+        return count + late.carry_aside(address, mailboxes, self._remove(address, store), target)
 
     def _primary(self, store: str) -> str:
         """The node that serves a store, as it was when this began."""
@@ -350,7 +348,7 @@ class Relocation:
             found = mailboxes.aside(address)
             first = max([left[1], *(one.at for one in found.values())]) - 60
             removed = {name: one for name, one in found.items() if one.at >= first}
-        return self._carry_aside(removed, address, source, target, left[1])
+        return late.carry_aside(address, mailboxes, removed, self.mailboxes(target), left[1])
 
     def _remove(self, address: str, store: str) -> dict[str, Aside]:
         """Removes the account's mailbox from a store. Returns what the store has put aside with that."""
@@ -391,40 +389,6 @@ class Relocation:
             # Nobody has used it since the store was started.
             if "no mailbox is in use" not in str(error):
                 raise
-
-    def _carry_aside(self, found: dict[str, Aside], address: str, store: str, target: str, since: int) -> int:
-        """As `_carry`, out of what a store has put aside."""
-        folders = self.mailboxes(store).open_aside(found)
-        with self.mailboxes(store).administration() as admin:
-            return self._carry(admin, folders, address, target, since)
-
-    def _carry(self, here: imaplib.IMAP4, folders: dict[str, str], address: str, target: str, since: int) -> int:
-        """Messages that came since then, into the same folder on `target`. Returns how many.
-
-        folders: {name in the session `here`: the account's own name for it}.
-        """
-        late = {own: mailbox_state.arrived(here, name, since) for name, own in folders.items()}
-        count = 0
-        if any(late.values()):
-            with self.mailboxes(target).acting_for(address) as there:
-                for own, new in late.items():
-                    count += self._append(there, own, new, since)
-        return count
-
-    def _append(self, there: imaplib.IMAP4, name: str, late: dict[str, mailbox_state.Late], since: int) -> int:
-        folder = quoted(name)
-        there.create(folder)
-        known = set(mailbox_state.arrived(there, name, since))
-        missing = [
-            message
-            for guid, message in late.items()
-            if guid not in known and not (message.id and mailbox_state.has(there, message.id))
-        ]
-        for message in missing:
-            status, answer = there.append(folder, " ".join(message.flags), f'"{message.date}"', message.text)
-            if status != "OK":
-                raise StoreError(f"a message that came late for {name} is refused: {answer!r}; run the command again")
-        return len(missing)
 
 
 def _seconds(text: str) -> float:
