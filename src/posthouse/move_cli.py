@@ -13,7 +13,7 @@ from rich.console import Console
 from posthouse import run, secrets
 from posthouse.ops import rebalance as rebalancing
 from posthouse.ops.move import Move, Mover
-from posthouse.ops.relocation import Moved
+from posthouse.ops.relocation import PAUSE, Moved
 from posthouse.remote import Remote
 from posthouse.sitefile import load
 
@@ -22,6 +22,10 @@ Check = Annotated[bool, typer.Option("--check", help="Say what would change; cha
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Parallel = Annotated[int, typer.Option(min=1, max=32, help="Accounts at a time.")]
 Rate = Annotated[float | None, typer.Option(min=0.1, help="Accounts begun in a minute, at most.")]
+Pause = Annotated[
+    float,
+    typer.Option(min=1, max=60, help="Seconds for which an account's writing may wait; it stays if it takes more."),
+]
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -32,13 +36,14 @@ def move(
     site: SiteName = "lab",
     parallel: Parallel = 2,
     rate: Rate = None,
+    pause: Pause = PAUSE,
     check: Check = False,
     as_json: Json = False,
 ) -> None:
     """Move accounts to another store while mail comes in and people read; run it again if it was interrupted."""
     loaded = load(site)
     run.reach(loaded)
-    mover = Mover(loaded, secrets.load(loaded), _progress)
+    mover = Mover(loaded, secrets.load(loaded), _progress, pause)
     moves = mover.plan(dict.fromkeys(address.lower() for address in accounts), to)
     _act(mover, moves, parallel, rate, check, as_json)
 
@@ -49,6 +54,7 @@ def rebalance(
     empty: Annotated[list[str] | None, typer.Option(metavar="STORE", help="To keep nothing (repeatable).")] = None,
     parallel: Parallel = 2,
     rate: Rate = None,
+    pause: Pause = PAUSE,
     check: Check = False,
     as_json: Json = False,
 ) -> None:
@@ -59,7 +65,7 @@ def rebalance(
     kept = secrets.load(loaded)
     stores, free = rebalancing.loads(loaded, kept, Remote(loaded), empty or ())
     steps = rebalancing.plan(stores, free, by)  # type: ignore[arg-type]
-    mover = Mover(loaded, kept, _progress)
+    mover = Mover(loaded, kept, _progress, pause)
     moves = mover.plan_rest(rebalancing.targets(steps))
     _act(mover, moves, parallel, rate, check, as_json)
     if not moves and not as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import imaplib
+import itertools
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +160,12 @@ class Reader:
                 if "AUTHENTICATIONFAILED" in str(error):
                     self.refused.append(str(error))
                 self._stop.wait(0.2)
+
+    @property
+    def longest(self) -> float:
+        """The longest time between two drafts, in seconds: 0.4 if nothing is in the way."""
+        times = list(self.filed.values())
+        return max(after - before for before, after in itertools.pairwise(times))
 
     def __enter__(self) -> Reader:
         self._thread.start()
@@ -373,6 +381,27 @@ def test_interrupted(site, posthouse, make, stores):
         assert not stores.source.exists(person.address)
 
 
+def test_last_pass_hangs(site, platform, nodes, make, stores, home):
+    """Writing waits for `--pause` and no longer; an account whose last pass takes more stays, and moves at the next"""
+    (person,) = make(1)
+    source, unit = home[stores.source.store.name].primary, f"cyrus-move-{stores.source.store.name}"
+    # Its way to the target stands still from the moment at which it is frozen.
+    stop = f"until ps -C store-freeze; do sleep 0.01; done; systemctl kill --signal=STOP {unit}"
+    with ThreadPoolExecutor() as pool:
+        stopped = pool.submit(nodes.run, source, f"timeout 60 sh -c '{stop}'")
+        process = mover(site, person.address, "--to", stores.target.store.name, "--pause", "2")
+        stopped.result()
+    try:
+        eventually(lambda: can_write(platform, person), 60, f"{person.address} to be of use")
+        assert process.poll() is None
+    finally:
+        nodes.run(source, f"systemctl kill --signal=CONT {unit}")
+    printed, said = process.communicate(timeout=120)
+    assert process.returncode == 0, printed + said
+    assert said.splitlines().count(f"{person.address}: freezing") > 1, said
+    assert len(stores.state(stores.target, person).folders["Drafts"].messages) == 1
+
+
 def test_replica_behind(site, platform, nodes, make, stores, home):
     """An account is the target store's only when a second node has it: the move waits for the target's replica"""
     (person,) = make(1)
@@ -434,7 +463,8 @@ def test_node_lost(site, platform, nodes, friend, world, posthouse, make, stores
     failed = printed.count("FAILED")
     print(
         f"\n{side}'s node lost while {phase}: {len(people) - failed} of {len(people)} moved nevertheless, ended after "
-        f"{ended:.0f} s, the rest by a rerun of {len(again)} ({over:.0f} s); {reader.sessions - 1} reconnects"
+        f"{ended:.0f} s, the rest by a rerun of {len(again)} ({over:.0f} s); {reader.sessions - 1} reconnects, "
+        f"the longest time without a draft {reader.longest:.1f} s"
     )
     # A connection from before is none any more.
     stores.source.close()

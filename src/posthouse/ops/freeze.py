@@ -15,11 +15,15 @@ class FreezeError(PosthouseError):
 
 
 class Freeze:
-    """Reading goes on and writing waits, until `release` or the end of the `with`. Raises FreezeError."""
+    """Reading goes on and writing waits, until `release` or the end of the `with`. Raises FreezeError.
 
-    def __init__(self, remote: Remote, node: str, store: str, address: str) -> None:
+    It ends by itself `seconds` after it began, unless there was a `commit`.
+    """
+
+    def __init__(self, remote: Remote, node: str, store: str, address: str, seconds: float) -> None:
         self._where = f"{address} on {store} ({node})"
-        self._process = remote.open(node, shlex.join(["/usr/local/lib/posthouse/store-freeze", store, address]))
+        command = ["/usr/local/lib/posthouse/store-freeze", store, address, f"{seconds:g}"]
+        self._process = remote.open(node, shlex.join(command))
         words = self._answer().split()
         if words[:1] != ["frozen"]:
             raise self._error()

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from posthouse import inventory
 from posthouse.model import Site
 from posthouse.ops import mailbox_state
-from posthouse.ops.relocation import Moved, MoveError, Progress, Relocation
+from posthouse.ops.relocation import PAUSE, Moved, MoveError, Progress, Relocation
 from posthouse.remote import Remote, RemoteError
 from posthouse.secrets import Secrets
 
@@ -80,15 +80,17 @@ def lacking_room(moves: Iterable[Move], nodes: dict[str, list[str]], free: dict[
 class Mover:
     """Moves accounts of a site. Make it before any thread is started."""
 
-    def __init__(self, site: Site, secrets: Secrets, progress: Progress = lambda address, phase: None) -> None:
+    def __init__(
+        self, site: Site, secrets: Secrets, progress: Progress = lambda address, phase: None, pause: float = PAUSE
+    ) -> None:
         self.site = site
         self._secrets = secrets
         self._remote = Remote(site)
-        self._say = progress
+        self._say, self._pause = progress, pause
         self._silent: dict[str, float] = {}
 
     def _relocation(self) -> Relocation:
-        return Relocation(self.site, self._secrets, self._remote, self._say, self._silent)
+        return Relocation(self.site, self._secrets, self._remote, self._say, self._silent, self._pause)
 
     # Planning
 

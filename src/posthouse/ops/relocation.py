@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import time
@@ -19,9 +20,13 @@ from posthouse.ops.mailbox_state import MailboxState
 from posthouse.remote import Remote, RemoteError
 from posthouse.secrets import Secrets
 
+# s for which writing may wait until an account is the target's, or stays where it is.
+PAUSE = 5.0
 # A pass that takes less is short enough for the last one to be made while writers wait. Seconds.
 SHORT = 1.0
 PASSES = 5
+# The exit status of timeout(1) when it killed a command.
+TIMED_OUT = 137
 # Postfix's queue manager may use an answer of the directory for 30 s.
 STRAGGLERS = 35.0
 CYR_EXPIRE = "runuser -u cyrus -- /usr/lib/cyrus/bin/cyr_expire"
@@ -65,13 +70,20 @@ class Relocation:
     """An account on its way, with connections of its own; use it as a context manager, in one thread.
 
     silent: {node of the access tier that did not answer: since when (monotonic)}; kept up to date.
+    pause: for how many seconds writing may wait before the account is the target's.
     """
 
     def __init__(
-        self, site: Site, secrets: Secrets, remote: Remote, progress: Progress, silent: dict[str, float]
+        self,
+        site: Site,
+        secrets: Secrets,
+        remote: Remote,
+        progress: Progress,
+        silent: dict[str, float],
+        pause: float = PAUSE,
     ) -> None:
         self._site, self._secrets, self._remote = site, secrets, remote
-        self._say, self._silent = progress, silent
+        self._say, self._silent, self._pause = progress, silent, pause
         self._stores: dict[str, Mailboxes] = {}
         self._dead: set[str] = set()
         # Longer than the access tier remembers which store is an account's.
@@ -128,11 +140,16 @@ class Relocation:
         # A provider that has died meanwhile is found out now, and not while writers wait.
         self._check_on(address, source)
         self._say(address, "freezing")
-        with Freeze(self._remote, self._primary(source), source, address) as frozen:
-            started = time.monotonic()
+        with Freeze(self._remote, self._primary(source), source, address, self._pause) as frozen:
+            started, most = time.monotonic(), self._pause
             try:
                 self._say(address, "last pass")
-                self._copy(address, source, target, "move-frozen")
+                try:
+                    self._copy(address, source, target, "move-frozen", self._pause)
+                except RemoteError as error:
+                    if error.status != TIMED_OUT:
+                        raise
+                    return [f"the last pass takes more than {self._pause:g} s; --pause allows more"]
                 self._say(address, "comparing")
                 want, have = self._read(address, source, target, (here, there))
                 # From the next step on nobody but the target's nodes has what counts.
@@ -143,13 +160,15 @@ class Relocation:
                     frozen.commit(self._remembered)
                 except FreezeError as error:
                     return [str(error)]
+                most = math.inf
                 self._say(address, "switching")
                 moved.notes += self._make_theirs(address, source, target, frozen.since)
                 moved.switched = True
                 moved.messages = want.size
                 frozen.end()
             finally:
-                moved.pause = round(max(moved.pause or 0.0, time.monotonic() - started), 3)
+                # However long it took to find out: before the commit, a freeze that is too long ends by itself.
+                moved.pause = round(max(moved.pause or 0.0, min(time.monotonic() - started, most)), 3)
             frozen.release()
         return []
 
@@ -293,11 +312,11 @@ class Relocation:
         )
         self._remote.run(self._primary(source), command)
 
-    def _copy(self, address: str, source: str, target: str, conf: str = "move") -> None:
-        """One pass of Cyrus's replication for the account."""
-        client = "runuser -u cyrus -- /usr/lib/cyrus/bin/sync_client"
+    def _copy(self, address: str, source: str, target: str, conf: str = "move", seconds: float = 3600) -> None:
+        """One pass of Cyrus's replication for the account. It does not outlive its time, or the next would meet it."""
+        client = f"runuser -u cyrus -- timeout -s KILL {seconds:g} /usr/lib/cyrus/bin/sync_client"
         command = f"{client} -C /etc/cyrus/{source}/primary/{conf}.conf -n {target} -o -u {shlex.quote(address)}"
-        self._remote.run(self._primary(source), command, timeout=3600)
+        self._remote.run(self._primary(source), command, timeout=seconds + 10)
 
     def _send_sessions_on(self, address: str, target: str) -> list[str]:
         """Makes the access tier forget which store was the account's. Returns what could not be told, as notes."""
@@ -382,7 +401,7 @@ class Relocation:
 
     def _end_sessions(self, address: str, source: str) -> None:
         try:
-            with Freeze(self._remote, self._primary(source), source, address) as frozen:
+            with Freeze(self._remote, self._primary(source), source, address, self._pause) as frozen:
                 frozen.end()
                 frozen.release()
         except FreezeError as error:
