@@ -68,14 +68,18 @@ READ = list(Account("", "-", "", 0).attributes(""))
 
 
 class Directory:
-    """A connection to the first provider that answers; it moves on to another one when that fails."""
+    """A connection to the first provider that answers; it moves on to another one when that fails.
 
-    def __init__(self, site: Site, secrets: Secrets) -> None:
+    patience: seconds for an answer.
+    """
+
+    def __init__(self, site: Site, secrets: Secrets, patience: int = 60) -> None:
         self._site = site
         self._password = secrets.passwords["directory_accounts"]
         self._ca = secrets.ca_cert
         self._base = f"ou=accounts,{site.suffix}"
         self._hosts = {store.host: store.name for store in site.stores.values()}
+        self._patience = patience
         self._connection: Any = None
         self.provider = site.directory.providers[0]  # the one that was asked last
 
@@ -292,7 +296,7 @@ class Directory:
                 f"cn=accounts,ou=services,{self._site.suffix}",
                 self._password,
                 raise_exceptions=True,
-                receive_timeout=60,
+                receive_timeout=self._patience,
                 check_names=False,
             )
             try:

@@ -24,7 +24,8 @@ Parallel = Annotated[int, typer.Option(min=1, max=32, help="Accounts at a time."
 Rate = Annotated[float | None, typer.Option(min=0.1, help="Accounts begun in a minute, at most.")]
 Pause = Annotated[
     float,
-    typer.Option(min=1, max=60, help="Seconds for which an account's writing may wait; it stays if it takes more."),
+    # A replica that is 8 s behind is struck off, and what waits here is not replicated.
+    typer.Option(min=1, max=7, help="Seconds for which an account's writing may wait; it stays if it takes more."),
 ]
 
 console = Console(soft_wrap=True, highlight=False)

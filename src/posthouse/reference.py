@@ -203,7 +203,7 @@ def _command(name: str, command: Any) -> Iterator[str]:
         shown = _argument(parameter) if parameter in arguments else ", ".join(parameter.opts)
         default = (
             f" Default: `{parameter.default}`."
-            if isinstance(parameter.default, str | int) and parameter.default
+            if isinstance(parameter.default, str | int | float) and parameter.default
             else ""
         )
         yield f"- `{shown}`: {parameter.help or ''}{default}"

@@ -100,16 +100,40 @@ def power_cut(platform, nodes, people, site, home, store: str, lag: float) -> tu
     if lag:
         nodes.run(victim, f"systemctl kill --signal=STOP {unit}")
         time.sleep(lag)
+    session = idling(platform, of_store(people, store))
     started = time.monotonic()
     lab.kill(site.name, victim)
     try:
         unaffected = until_served(platform, of_store(people, other), time.monotonic())
         back = until_served(platform, of_store(people, store), started)
         assert nodes.primary(store) != victim
+        assert ended(session), "whoever had waited for mail waits for ever"
     finally:
         lab.start(site.name, victim)
     eventually(lambda: nodes.serving(victim), 120, f"{victim} serving again")
     return back, unaffected
+
+
+def idling(platform: Platform, person: Person) -> Imap:
+    """A mail program that waits to be told of mail."""
+    session = Imap(platform, person)
+    session.select("INBOX")
+    session.send(b"i IDLE\r\n")
+    assert session.readline().startswith(b"+")
+    return session
+
+
+def ended(session: Imap) -> bool:
+    """Whether a session is told, before it loses patience, that it is over."""
+    session.sock.settimeout(20)
+    try:
+        while session.readline():
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def rounds(platform, nodes, friend, people, world, site, posthouse, count: int) -> None:

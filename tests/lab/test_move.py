@@ -331,7 +331,7 @@ def test_killed(site, platform, make, stores):
         assert imap.select("INBOX")[1] == [b"4"]
 
 
-def test_killed_untold(site, nodes, make, stores, posthouse):
+def test_killed_untold(site, nodes, make, stores, posthouse, home):
     """A mover dies when only the directory knows of the move: the guard that it left does not stop the rerun"""
     (person,) = make(1)
     before = stores.state(stores.source, person)
@@ -340,9 +340,10 @@ def test_killed_untold(site, nodes, make, stores, posthouse):
         shown = json.loads(posthouse("account", "show", person.address, "--site", site.name, "--json"))
         return shown["store"] == stores.target.store.name
 
-    # For 5 s the mover waits for this node's copy of the directory to hear of it.
+    # The mover waits for this node's copy of the directory to hear of it.
     with paused(nodes, nodes.of("access")[0], "slapd"):
         killed(site, person, stores.target, "switching", lambda: eventually(listed, 5, "the directory's change"))
+    assert nodes.run(home[stores.source.store.name].primary, "ps -C freeze-guard -o args=").count(person.address) == 1
     assert [one["address"] for one in moved(site, [person], stores.target)] == [person.address]
     assert differences(before, stores.state(stores.target, person)) == []
     assert not stores.source.exists(person.address)
@@ -386,12 +387,14 @@ def test_last_pass_hangs(site, platform, nodes, make, stores, home):
     (person,) = make(1)
     source, unit = home[stores.source.store.name].primary, f"cyrus-move-{stores.source.store.name}"
     # Its way to the target stands still from the moment at which it is frozen.
-    stop = f"until ps -C store-freeze; do sleep 0.01; done; systemctl kill --signal=STOP {unit}"
-    with ThreadPoolExecutor() as pool:
-        stopped = pool.submit(nodes.run, source, f"timeout 60 sh -c '{stop}'")
-        process = mover(site, person.address, "--to", stores.target.store.name, "--pause", "2")
-        stopped.result()
+    stop = "until ps -C store-freeze; do sleep 0.01; done; kill -STOP $pid"
+    nodes.run(source, f"systemctl start {unit}")
     try:
+        with ThreadPoolExecutor() as pool:
+            main = f"pid=$(systemctl show --value -p MainPID {unit})"
+            stopped = pool.submit(nodes.run, source, f"{main} timeout 60 sh -c '{stop}'")
+            process = mover(site, person.address, "--to", stores.target.store.name, "--pause", "2")
+            stopped.result()
         eventually(lambda: can_write(platform, person), 60, f"{person.address} to be of use")
         assert process.poll() is None
     finally:

@@ -17,7 +17,7 @@ class FreezeError(PosthouseError):
 class Freeze:
     """Reading goes on and writing waits, until `release` or the end of the `with`. Raises FreezeError.
 
-    It ends by itself `seconds` after it began, unless there was a `commit`.
+    It ends by itself if it hears nothing for so many seconds, or for 20 s after `commit`.
     """
 
     def __init__(self, remote: Remote, node: str, store: str, address: str, seconds: float) -> None:

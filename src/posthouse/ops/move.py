@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from posthouse import inventory
+from posthouse.directory import Directory
 from posthouse.model import Site
 from posthouse.ops import mailbox_state
 from posthouse.ops.relocation import PAUSE, Moved, MoveError, Progress, Relocation
@@ -103,8 +104,11 @@ class Mover:
 
     def plan_rest(self, targets: dict[str, str]) -> list[Move]:
         """The same with a store for each account, and to finish the moves that were killed, whatever they were."""
+        # It looks at all accounts, and may take its time.
+        with contextlib.closing(Directory(self.site, self._secrets)) as directory:
+            unsettled = directory.unsettled()
         with self._relocation() as on:
-            return self._plan_all(on, on.directory.unsettled() | targets)
+            return self._plan_all(on, unsettled | targets)
 
     def _plan_all(self, on: Relocation, targets: dict[str, str]) -> list[Move]:
         moves = [self._plan(on, address, target) for address, target in targets.items()]

@@ -20,11 +20,13 @@ from posthouse.ops.mailbox_state import MailboxState
 from posthouse.remote import Remote, RemoteError
 from posthouse.secrets import Secrets
 
-# s for which writing may wait until an account is the target's, or stays where it is.
+# s for which writing may wait until it is certain that nothing is lacking on the target.
 PAUSE = 5.0
 # A pass that takes less is short enough for the last one to be made while writers wait. Seconds.
 SHORT = 1.0
 PASSES = 5
+# s for a provider to answer: less than a freeze lasts after its `commit`.
+ANSWER = 8
 # The exit status of timeout(1) when it killed a command.
 TIMED_OUT = 137
 # Postfix's queue manager may use an answer of the directory for 30 s.
@@ -70,7 +72,7 @@ class Relocation:
     """An account on its way, with connections of its own; use it as a context manager, in one thread.
 
     silent: {node of the access tier that did not answer: since when (monotonic)}; kept up to date.
-    pause: for how many seconds writing may wait before the account is the target's.
+    pause: for how many seconds writing may wait, each time, until it is certain that nothing is lacking on the target.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Relocation:
         self._remembered = _seconds(site.settings("access")["access_cache_time"]) + 10
 
     def __enter__(self) -> Relocation:
-        self.directory = Directory(self._site, self._secrets)
+        self.directory = Directory(self._site, self._secrets, patience=ANSWER)
         self._states = failover.states(self._site, self._remote)
         return self
 
@@ -147,7 +149,7 @@ class Relocation:
                 try:
                     self._copy(address, source, target, "move-frozen", self._pause)
                 except RemoteError as error:
-                    if error.status != TIMED_OUT:
+                    if error.status != TIMED_OUT or time.monotonic() - started < self._pause:
                         raise
                     return [f"the last pass takes more than {self._pause:g} s; --pause allows more"]
                 self._say(address, "comparing")
@@ -401,7 +403,7 @@ class Relocation:
 
     def _end_sessions(self, address: str, source: str) -> None:
         try:
-            with Freeze(self._remote, self._primary(source), source, address, self._pause) as frozen:
+            with Freeze(self._remote, self._primary(source), source, address, PAUSE) as frozen:
                 frozen.end()
                 frozen.release()
         except FreezeError as error:
