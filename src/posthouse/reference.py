@@ -60,11 +60,14 @@ def _site() -> Iterator[str]:
         "classes.NAME.install.disk": machines.Disk,
         "nodes.NAME": model.NodeEntry,
         "stores.NAME": model.StoreEntry,
+        "cluster": model.Cluster,
         "directory": model.Directory,
         "accounts": model.Accounts,
         "tls": model.Tls,
         "load": model.Load,
         "provision": model.Provision,
+        "backup": model.Backup,
+        "backup.keep": model.Keep,
         "lab": model.Lab,
     }
     for name, section in sections.items():
@@ -203,7 +206,7 @@ def _command(name: str, command: Any) -> Iterator[str]:
         shown = _argument(parameter) if parameter in arguments else ", ".join(parameter.opts)
         default = (
             f" Default: `{parameter.default}`."
-            if isinstance(parameter.default, str | int | float) and parameter.default
+            if isinstance(parameter.default, str | int | float | Path) and parameter.default
             else ""
         )
         yield f"- `{shown}`: {parameter.help or ''}{default}"
