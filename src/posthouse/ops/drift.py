@@ -234,7 +234,7 @@ def _compared(site: Site, secrets: Secrets, directory: Directory) -> Iterator[Fi
     for name, address, what in misplaced(directory.accounts(), here, site.stores):
         if _still(site, secrets, directory, name, address, what):
             node = site.stores[name].primary if name in site.stores else name
-            yield Finding(node, "data", f"{address} on {name}", what, _mended(site, address, what))
+            yield Finding(node, "data", f"{address} on {name}", what, _mended(site, name, address, what))
 
 
 def _still(site: Site, secrets: Secrets, directory: Directory, store: str, address: str, what: str) -> bool:
@@ -248,9 +248,12 @@ def _still(site: Site, secrets: Secrets, directory: Directory, store: str, addre
     return (store, address, what) in misplaced(accounts, here, site.stores)
 
 
-def _mended(site: Site, address: str, what: str) -> str:
+def _mended(site: Site, store: str, address: str, what: str) -> str:
     if "no account" in what:
         return f"posthouse account delete {address} --site {site.name}"
     if "no mailbox" in what:
-        return f"posthouse restore, or to have an empty one: posthouse account quota {address} … --site {site.name}"
-    return f"see which one has the mail, then: posthouse move {address} --to STORE"
+        back = f"posthouse restore mailbox {address} --site {site.name}"
+        return f"the next message or login makes an empty one; to have back what a backup has of it: {back}"
+    if "no store of the site" in what:
+        return f"write {store} into site.yml again, then: posthouse deploy {site.name}"
+    return f"posthouse move {address} --to {store} --site {site.name} makes one of both; a second move brings it back"

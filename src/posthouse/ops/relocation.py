@@ -229,8 +229,8 @@ class Relocation:
         """Refuses if the mailbox is on another store than the directory says: a login there would make a new one."""
         if not self.mailboxes(store).exists(address) and self.mailboxes(other).exists(address):
             raise MoveError(
-                f"{address}: the directory has it on {store}, and its mailbox is on {other}; nothing was changed. "
-                f"posthouse drift compares them; posthouse restore brings back what is missing"
+                f"{address}: the directory has it on {store}, and its only mailbox is on {other}; send it a message or "
+                f"log in, which makes one on {store}, and run the command again: it makes one of both"
             )
 
     def _forget_on_replicas(self, address: str, store: str) -> None:
