@@ -134,7 +134,7 @@ def test_layers(site):
             "daemons",
             "the node",
             "cannot be asked: mail2: no route",
-            f"posthouse lab up {site.name}" if site.lab else "see to the machine, or: posthouse rebuild",
+            "posthouse lab up lab" if site.lab else "see to the machine, or: posthouse rebuild mail2 --site lab",
         ),
     ]
 

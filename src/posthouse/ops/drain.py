@@ -62,7 +62,7 @@ def plan(site: Site, have: State, node: str, switch: bool = True) -> list[Step]:
     Raises Refused.
     """
     state.known(site, node)
-    state.need_answers(have, [node])
+    state.need_answers(site, have, [node])
     if node in have.drained:
         return []
     for pool, served in have.others_serving(node).items():
@@ -110,7 +110,7 @@ def _targets(site: Site, have: State, node: str) -> dict[str, str]:
 def plan_undrain(site: Site, have: State, node: str, switch: bool = True) -> list[Step]:
     """The steps that put a node back into service; none if it is in service. Raises Refused."""
     state.known(site, node)
-    state.need_answers(have, [node])
+    state.need_answers(site, have, [node])
     steps = []
     if service.pooled(site, node) and (node in have.drained or not service.in_service(have, node)):
         steps.append(Step("ready", node, "put it into the balancers' pools"))

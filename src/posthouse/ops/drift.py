@@ -101,7 +101,8 @@ def _layers(site: Site, seen: Mapping[str, dict[str, Any] | str]) -> Iterator[Fi
     """What nodes found on themselves, and nodes that do not answer."""
     for node, found in seen.items():
         if isinstance(found, str):
-            start = f"posthouse lab up {site.name}" if site.lab else "see to the machine, or: posthouse rebuild"
+            anew = f"see to the machine, or: posthouse rebuild {node} --site {site.name}"
+            start = f"posthouse lab up {site.name}" if site.lab else anew
             yield Finding(node, "daemons", "the node", f"cannot be asked: {found}", start)
             continue
         deploy = f"posthouse deploy {site.name} --limit {node}"

@@ -77,7 +77,7 @@ def drill(site: Site, *, at: str | None = None, check: bool = False, keep: bool 
 
 def _drill(site: Site, repository: Repository, at: str | None, check: bool, keep: bool, say: Say) -> dict[str, Any]:
     began = datetime.now(UTC)
-    chosen = backup.choose(backup.backups(repository), at)[0]
+    chosen = backup.choose(site, backup.backups(repository), at)[0]
     with run.exclusive(site):  # for as long as it is looked at, no backup is made
         damage = repository.damage()
     if damage and not check:

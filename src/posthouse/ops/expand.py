@@ -24,7 +24,7 @@ def plan(site: Site, have: State, node: str, phase: str = "waiting") -> list[Ste
     phase: how far provisioning has come with its machine.
     """
     state.known(site, node)
-    state.need_answers(have, (name for name in site.nodes if name != node))
+    state.need_answers(site, have, (name for name in site.nodes if name != node))
     new = node not in have.answers
     if new and not site.lab and phase in ("waiting", "reached"):
         raise Refused(
@@ -32,7 +32,9 @@ def plan(site: Site, have: State, node: str, phase: str = "waiting") -> list[Ste
             f"{site.name}), and run this again; nothing was changed"
         )
     if node in have.drained:
-        raise Refused(f"{node}: is drained; put it back with: posthouse undrain {node}; nothing was changed")
+        raise Refused(
+            f"{node}: is drained; put it back with: posthouse undrain {node} --site {site.name}; nothing was changed"
+        )
     serves = not new and node in have.deployed and service.in_service(have, node) and _in_all_pools(site, have, node)
     # A spare, say, serves already when it is given its first store.
     if serves and all((store.name, node) in have.carries for store in stores_of(site, node)):

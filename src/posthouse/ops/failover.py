@@ -110,7 +110,7 @@ def plan(site: Site, have: dict[str, State], store: str, to: str | None = None, 
     who = f"{to} is not in sync" if to else "no replica is in sync"
     if state.alive:
         behind = f" ({state.lag[to]:g} s behind)" if to in state.lag else ""
-        raise FailoverError(f"{store}: {who}{behind}; wait until posthouse stores says that it is")
+        raise FailoverError(f"{store}: {who}{behind}; wait until posthouse stores {site.name} says that it is")
     if not force:
         raise FailoverError(
             f"{store}: {state.primary} is silent and {who}, so mail may be on {state.primary} alone; bring it back, or "

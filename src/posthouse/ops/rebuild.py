@@ -53,15 +53,15 @@ def plan(site: Site, have: State, node: str, sizes: dict[str, int]) -> list[Step
     if node in have.deployed and node not in have.drained:
         raise Refused(
             f"{node}: is alive, and a rebuild wipes its disk; if you mean it, take it out of service first: "
-            f"posthouse drain {node}; nothing was changed"
+            f"posthouse drain {node} --site {site.name}; nothing was changed"
         )
     if not site.lab and node not in have.answers:
         raise Refused(
-            f"{node}: does not answer; have it installed first: posthouse provision reinstall {node}; "
-            "nothing was changed"
+            f"{node}: does not answer; have it installed first: posthouse provision reinstall {node} --site "
+            f"{site.name}; nothing was changed"
         )
     if "directory" in entry.tiers:
-        state.need_answers(have, (name for name in site.directory.providers if name != node))
+        state.need_answers(site, have, (name for name in site.directory.providers if name != node))
         if not any(name in have.answers for name in site.directory.providers if name != node):
             if have.deployed - {node}:
                 fix = "write another node that answers at the end of directory.providers in site.yml, for it has them "

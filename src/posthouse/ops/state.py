@@ -134,13 +134,13 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
     )
 
 
-def need_answers(state: State, nodes: Iterable[str]) -> None:
+def need_answers(site: Site, state: State, nodes: Iterable[str]) -> None:
     """Refuses if one of the nodes does not answer."""
     for name in nodes:
         if name not in state.answers:
             raise Refused(
-                f"{name}: does not answer; bring it back, or have it made anew with: posthouse rebuild {name}; "
-                "nothing was changed"
+                f"{name}: does not answer; bring it back, or have it made anew with: posthouse rebuild {name} --site "
+                f"{site.name}; nothing was changed"
             )
 
 
