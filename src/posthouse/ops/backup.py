@@ -353,7 +353,7 @@ def _taken(site: Site, repository: Repository, lent: Lent, name: str, part: Part
         # A link more to a message changes its ctime; the message itself stays what it was.
         printed = lent.run(part.node, f"{script}\nrestic backup {options} --ignore-ctime {snapshot}")
         counts = json.loads(printed.partition("\n")[0])
-    made = summary(printed)
+    made = summary(part.name, printed)
     seconds = round(time.monotonic() - started, 1)
     say(f"{part.name}: {made['total_bytes_processed']} bytes, {made['data_added']} of them new, {seconds} s")
     return {"bytes": made["total_bytes_processed"], "added": made["data_added"], "seconds": seconds, **counts}

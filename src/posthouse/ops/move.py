@@ -208,7 +208,10 @@ class Mover:
     def _failed(self, moved: Moved, error: Exception) -> Moved:
         moved.error = str(error)
         if moved.switched:
-            moved.error = f"it is on {moved.target}, but its former copy on {moved.source} is left: {error}"
+            moved.error = (
+                f"it is on {moved.target}, but its former copy on {moved.source} is left until the same command is "
+                f"run again: {error}"
+            )
         self._say(moved.address, "failed")
         return moved
 

@@ -211,7 +211,9 @@ class _Rebuild:
         deadline = time.monotonic() + LONGEST
         while len(set((answers := self.reached.each(nodes, _ENTRIES, timeout=3600)).values())) > 1:
             if time.monotonic() > deadline:
-                raise Stopped(f"the directories of {', '.join(sorted(answers))} do not become the same")
+                names = ", ".join(sorted(answers))
+                see = f"posthouse drift {self.site.name}"
+                raise Stopped(f"the directories of {names} do not become the same; which one differs says: {see}")
             time.sleep(1)
         self.reached.each(self.site.nodes, f"rm -f {FILLING}")
         self.reached.each(nodes, _OPEN)

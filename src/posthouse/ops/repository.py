@@ -243,14 +243,14 @@ class Lent:
         return self._remote.run(node, "bash -euo pipefail -s", "\n".join([*lines, script, ""]), timeout)
 
 
-def summary(printed: str) -> dict[str, Any]:
-    """The last line of `restic backup --json`, about the snapshot it made."""
+def summary(part: str, printed: str) -> dict[str, Any]:
+    """The last line of `restic backup --json`, about the snapshot it made of a part."""
     for line in reversed(printed.splitlines()):
         with contextlib.suppress(json.JSONDecodeError):
             item = json.loads(line)
             if isinstance(item, dict) and item.get("message_type") == "summary":
                 return item
-    raise BackupError("restic did not say what it backed up; run the command again")
+    raise BackupError(f"{part}: restic did not say what it backed up; run the command again")
 
 
 def _error(site: str, place: str, complaint: str) -> BackupError:

@@ -145,7 +145,10 @@ def account(site: Site, secrets: Secrets, address: str, *, at: str | None = None
             mailboxes.set_quota(address, 0)
             done = account_mail(secrets, then, store, address, Wanted(), False)
             if done is None:
-                raise BackupError(f"{address}: its mailbox in the backup {backup.name} has no folder that can be read")
+                raise BackupError(
+                    f"{address}: its mailbox in the backup {backup.name} has no folder that can be read; look into an "
+                    "older one with --at"
+                )
             mailboxes.set_quota(address, kept.quota)
             threshold = site.accounts.spam_threshold if kept.spam_threshold is None else kept.spam_threshold
             mailboxes.install_script(address, threshold)

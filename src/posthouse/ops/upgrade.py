@@ -353,7 +353,8 @@ def _rehearsed(name: str, site: Site) -> bool:
     result = run.verify(copy, quiet=True)
     failed = [check for check in result["checks"] if check["outcome"] == "failed"]
     if failed or not result["passed"]:
-        raise Stopped("; ".join(f"{check['node']}: {check['check']}" for check in failed[:5]) or "no check ran")
+        names = "; ".join(f"{check['node']}: {check['check']}" for check in failed[:5]) or "no check ran"
+        raise Stopped(f"{names}; mend that in the site, and run: posthouse upgrade --rehearse --site {site.name}")
     _used(copy)
     versions = _only_machines(copy, remote)
     for packages in installed(remote, copy.nodes).values():
