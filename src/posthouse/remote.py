@@ -16,6 +16,9 @@ from typing import Any
 from posthouse import PosthouseError, run
 from posthouse.model import Site
 
+SHOWN = 60  # characters of a command in an error
+FIX = "its journal (journalctl -e) may say why; then run the command again"
+
 
 class RemoteError(PosthouseError):
     """A command that failed on a node: `node`, `status` (255: the node cannot be reached) and what it complained of."""
@@ -51,10 +54,10 @@ class Remote:
                 start_new_session=True,
             )
         except subprocess.TimeoutExpired:
-            raise RemoteError(node, 255, f"no answer within {timeout:g} s to: {command}") from None
+            raise RemoteError(node, 255, f"no answer within {timeout:g} s to {_shown(command)}; {FIX}") from None
         if done.returncode:
-            complaint = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode} of: {command}"
-            raise RemoteError(node, done.returncode, complaint)
+            silent = f"exit status {done.returncode}, and no word, of {_shown(command)}; {FIX}"
+            raise RemoteError(node, done.returncode, done.stderr.strip() or done.stdout.strip() or silent)
         return done.stdout
 
     def pipe(self, source: str, command: str, target: str, into: str, timeout: float = 86400) -> None:
@@ -74,14 +77,14 @@ class Remote:
                 complaints[source] = giver.stderr.read()
                 giver.wait(timeout=60)
             except subprocess.TimeoutExpired:
-                raise RemoteError(source, 255, f"no end within {timeout:g} s of: {command}") from None
+                raise RemoteError(source, 255, f"no end within {timeout:g} s of {_shown(command)}; {FIX}") from None
             finally:
                 giver.kill()
                 taker.kill()
         for name, process in ((source, giver), (target, taker)):
             if process.returncode:
                 text = complaints[name].decode(errors="replace").strip()
-                raise RemoteError(name, process.returncode, text or f"exit status {process.returncode}")
+                raise RemoteError(name, process.returncode, text or f"exit status {process.returncode}; {FIX}")
 
     def open(self, node: str, command: str) -> subprocess.Popen[str]:
         """A command on a node that is talked to, by its standard input and output."""
@@ -98,3 +101,9 @@ class Remote:
             return {}
         with ThreadPoolExecutor(len(names)) as pool:
             return dict(zip(names, pool.map(lambda name: self.run(name, command, timeout=timeout), names), strict=True))
+
+
+def _shown(command: str) -> str:
+    """A command as an error shows it: of a script its first line."""
+    first, *more = command.strip().splitlines()
+    return f"`{first[:SHOWN]}{' …' if more or len(first) > SHOWN else ''}`"

@@ -254,7 +254,7 @@ def _store(site: Site) -> Iterator[Problem]:
                 yield ("stores", name, role), f"{member} does not carry the tier store; choose a node that does"
             elif member in spares:
                 reason = f"{member} is a spare, which holds no store"
-                fix = f"take `spare: true` from its line, then run: posthouse expand {member}"
+                fix = f"take `spare: true` from its line, then run: posthouse expand {member} --site {site.name}"
                 yield ("stores", name, role), f"{reason}; {fix}"
             if entry.replicas.count(member) > 1:
                 yield ("stores", name, role), f"{member} is listed twice; list each node once"

@@ -63,6 +63,7 @@ def all_well_but(site: Site, told: dict[str, Any]) -> state.State:
         "deployed": told.get("deployed", answers),
         "drained": drained,
         "upgrading": told.get("upgrading", []),
+        "carries": told.get("carries", [(s.name, n) for s in site.stores.values() for n in (s.primary, *s.replicas)]),
         "late": told.get("late", []),
         "filling": told.get("filling", {}),
         "primaries": {name: store.primary for name, store in site.stores.items()} | told.get("primaries", {}),

@@ -72,8 +72,8 @@ def test_one_that_is_in_the_making_is_kept() -> None:
         ("2026-11-10T00:30-02:00", "20261110T020000Z"),
     ],
 )
-def test_which_backup_is_looked_into_first(at: str | None, first: str) -> None:
-    assert choose(made(*DAYS), at)[0].name == first
+def test_which_backup_is_looked_into_first(site: Site, at: str | None, first: str) -> None:
+    assert choose(site, made(*DAYS), at)[0].name == first
 
 
 @pytest.mark.parametrize(
@@ -88,20 +88,20 @@ def test_which_backup_is_looked_into_first(at: str | None, first: str) -> None:
         ("20261110", "no complete backup has that name"),
     ],
 )
-def test_times_of_no_backup(at: str, complaint: str) -> None:
+def test_times_of_no_backup(site: Site, at: str, complaint: str) -> None:
     with pytest.raises(BackupError, match=complaint):
-        choose(made(*DAYS), at)
+        choose(site, made(*DAYS), at)
 
 
-def test_a_backup_that_never_ended_is_none() -> None:
+def test_a_backup_that_never_ended_is_none(site: Site) -> None:
     with pytest.raises(BackupError, match="no complete backup yet"):
-        choose(made("20261126T020000Z", complete=False), None)
+        choose(site, made("20261126T020000Z", complete=False), None)
 
 
-def test_one_that_never_ended_is_not_replaced_by_an_older_one() -> None:
+def test_one_that_never_ended_is_not_replaced_by_an_older_one(site: Site) -> None:
     found = [*made("20261125T020000Z"), *made("20261126T020000Z", complete=False)]
     with pytest.raises(BackupError, match="no complete backup has that name"):
-        choose(found, "20261126T020000Z")
+        choose(site, found, "20261126T020000Z")
 
 
 def parts(site: Site, **told: object) -> dict[str, Part]:

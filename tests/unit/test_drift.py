@@ -6,7 +6,7 @@ import pytest
 
 from posthouse.directory import Account
 from posthouse.ops import drift_node
-from posthouse.ops.drift import Finding, _layers, _stores, lagging, misplaced
+from posthouse.ops.drift import Finding, _layers, _mended, _stores, lagging, misplaced
 from posthouse.ops.failover import State
 
 ONE, TWO = "20261126120000.000001Z#000000#001#000000", "20261126120005.000001Z#000000#001#000000"
@@ -63,6 +63,26 @@ def test_unknown_store():
     ]
 
 
+@pytest.mark.parametrize(
+    ("here", "fixes"),
+    [
+        ({"s01": {A.address, B.address}, "s02": {B.address}}, ["posthouse move b@lab.test --to s01 --site lab makes"]),
+        ({"s01": set(), "s02": {B.address}}, ["the next message or login makes an empty one; "]),
+        ({"s01": {"x@lab.test"}, "s02": {B.address}}, ["the next message", "posthouse account delete x@lab.test"]),
+    ],
+)
+def test_what_mends_mailboxes_names_store_and_site(site, here, fixes):
+    found = [_mended(site, *finding) for finding in misplaced([A, B], here, ["s01", "s02"])]
+    assert len(found) == len(fixes)
+    assert all(one.startswith(fix) for one, fix in zip(found, fixes, strict=True))
+    assert all(f"--site {site.name}" in one for one in found)
+
+
+def test_a_store_that_is_no_more_has_to_come_back(site):
+    (finding,) = misplaced([C], {"s01": set()}, ["s01"])
+    assert _mended(site, *finding) == f"write s09 into site.yml again, then: posthouse deploy {site.name}"
+
+
 def seen(site, *holders: str, behind: float = 0.0) -> dict:
     """What the nodes of a healthy site say, but that these hold s01's address, and its replica is behind."""
     found = {}
@@ -114,7 +134,7 @@ def test_layers(site):
             "daemons",
             "the node",
             "cannot be asked: mail2: no route",
-            f"posthouse lab up {site.name}" if site.lab else "see to the machine, or: posthouse rebuild",
+            "posthouse lab up lab" if site.lab else "see to the machine, or: posthouse rebuild mail2 --site lab",
         ),
     ]
 

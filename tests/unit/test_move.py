@@ -127,3 +127,10 @@ def test_a_store_that_another_node_serves_by_now_ends_the_wait(site: Site, monke
     served = {"mail2": "s02: mail3 serves it now"}
     with pytest.raises(MoveError, match="s02 is served by mail3 now; run the command again"):
         relocation_of(site, Entry(), Nodes(replicated=served))._replicate("s02")
+
+
+def test_a_mailbox_on_another_store_alone_is_not_moved_before_the_account_has_one(site: Site) -> None:
+    one = relocation_of(site, Entry(), Nodes())
+    one._stores = {name: SimpleNamespace(exists=lambda address, name=name: name == "s03") for name in ("s01", "s03")}
+    with pytest.raises(MoveError, match=r"only mailbox is on s03; .* makes one on s01, and run the command again"):
+        one.check_there("alice@lab.test", "s01", "s03")

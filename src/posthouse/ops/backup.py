@@ -238,21 +238,21 @@ def manifest(repository: Repository, backup: Backup) -> dict[str, Any]:
     return data
 
 
-def choose(found: list[Backup], at: str | None) -> list[Backup]:
+def choose(site: Site, found: list[Backup], at: str | None) -> list[Backup]:
     """The complete backups to look into, newest first: all, the one of a name, or those until a time.
 
     at: a backup's name, or a time like 2026-11-26 or 2026-11-26T12:15, in UTC if it does not say. Raises BackupError.
     """
     complete = [backup for backup in reversed(found) if backup.complete]
     if not complete:
-        raise BackupError("there is no complete backup yet; make one with: posthouse backup")
+        raise BackupError(f"{site.name}: there is no complete backup yet; make one with: posthouse backup {site.name}")
     if at is None:
         return complete
     if exact := [backup for backup in complete if backup.name == at]:
         return exact
     if re.match(r"\d{8}", at):
         # Python would take it for a time, and an older backup would be used unseen.
-        raise BackupError(f"--at {at}: no complete backup has that name; see: posthouse backup list")
+        raise BackupError(f"--at {at}: no complete backup has that name; see: posthouse backup list {site.name}")
     try:
         until = datetime.fromisoformat(at)
         until = until.replace(tzinfo=UTC) if until.tzinfo is None else until.astimezone(UTC)
@@ -260,7 +260,7 @@ def choose(found: list[Backup], at: str | None) -> list[Backup]:
             until += timedelta(days=1)
     except (ValueError, OverflowError):
         raise BackupError(
-            f"--at {at}: neither a backup nor a time; see: posthouse backup list, or write 2026-11-26T12:15"
+            f"--at {at}: neither a backup nor a time; see: posthouse backup list {site.name}, or write 2026-11-26T12:15"
         ) from None
     if earlier := [backup for backup in complete if backup.time <= until]:
         return earlier
@@ -353,7 +353,7 @@ def _taken(site: Site, repository: Repository, lent: Lent, name: str, part: Part
         # A link more to a message changes its ctime; the message itself stays what it was.
         printed = lent.run(part.node, f"{script}\nrestic backup {options} --ignore-ctime {snapshot}")
         counts = json.loads(printed.partition("\n")[0])
-    made = summary(printed)
+    made = summary(part.name, printed)
     seconds = round(time.monotonic() - started, 1)
     say(f"{part.name}: {made['total_bytes_processed']} bytes, {made['data_added']} of them new, {seconds} s")
     return {"bytes": made["total_bytes_processed"], "added": made["data_added"], "seconds": seconds, **counts}

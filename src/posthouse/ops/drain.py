@@ -62,7 +62,7 @@ def plan(site: Site, have: State, node: str, switch: bool = True) -> list[Step]:
     Raises Refused.
     """
     state.known(site, node)
-    state.need_answers(have, [node])
+    state.need_answers(site, have, [node])
     if node in have.drained:
         return []
     for pool, served in have.others_serving(node).items():
@@ -110,7 +110,7 @@ def _targets(site: Site, have: State, node: str) -> dict[str, str]:
 def plan_undrain(site: Site, have: State, node: str, switch: bool = True) -> list[Step]:
     """The steps that put a node back into service; none if it is in service. Raises Refused."""
     state.known(site, node)
-    state.need_answers(have, [node])
+    state.need_answers(site, have, [node])
     steps = []
     if service.pooled(site, node) and (node in have.drained or not service.in_service(have, node)):
         steps.append(Step("ready", node, "put it into the balancers' pools"))
@@ -188,7 +188,7 @@ class Drains:
         deadline = time.monotonic() + 10
         while not (holder := state.read(self.site, self.remote).vip):
             if time.monotonic() > deadline:
-                raise Stopped("no other balancer took the VIP within 10 s")
+                raise Stopped("no other balancer took the VIP within 10 s; there, journalctl -u keepalived says why")
         return f"{holder} has it"
 
     def _switch(self, step: Step) -> str:
@@ -226,7 +226,9 @@ class Drains:
             elif step.do in ("vip", "mark"):
                 errors.append(service.quietly(lambda: state.unmark(self.remote, node)))
         complaints = "; ".join(error for error in errors if error)
-        return f"it could not all be put back: {complaints}" if complaints else f"{node} is back in service"
+        if not complaints:
+            return f"{node} is back in service"
+        return f"it could not all be put back: {complaints}; run: posthouse undrain {node} --site {self.site.name}"
 
 
 def drain(site: Site, node: str, check: bool = False, wait: int = 60) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def _layers(site: Site, seen: Mapping[str, dict[str, Any] | str]) -> Iterator[Fi
     """What nodes found on themselves, and nodes that do not answer."""
     for node, found in seen.items():
         if isinstance(found, str):
-            start = f"posthouse lab up {site.name}" if site.lab else "see to the machine, or: posthouse rebuild"
+            anew = f"see to the machine, or: posthouse rebuild {node} --site {site.name}"
+            start = f"posthouse lab up {site.name}" if site.lab else anew
             yield Finding(node, "daemons", "the node", f"cannot be asked: {found}", start)
             continue
         deploy = f"posthouse deploy {site.name} --limit {node}"
@@ -234,7 +235,7 @@ def _compared(site: Site, secrets: Secrets, directory: Directory) -> Iterator[Fi
     for name, address, what in misplaced(directory.accounts(), here, site.stores):
         if _still(site, secrets, directory, name, address, what):
             node = site.stores[name].primary if name in site.stores else name
-            yield Finding(node, "data", f"{address} on {name}", what, _mended(site, address, what))
+            yield Finding(node, "data", f"{address} on {name}", what, _mended(site, name, address, what))
 
 
 def _still(site: Site, secrets: Secrets, directory: Directory, store: str, address: str, what: str) -> bool:
@@ -248,9 +249,12 @@ def _still(site: Site, secrets: Secrets, directory: Directory, store: str, addre
     return (store, address, what) in misplaced(accounts, here, site.stores)
 
 
-def _mended(site: Site, address: str, what: str) -> str:
+def _mended(site: Site, store: str, address: str, what: str) -> str:
     if "no account" in what:
         return f"posthouse account delete {address} --site {site.name}"
     if "no mailbox" in what:
-        return f"posthouse restore, or to have an empty one: posthouse account quota {address} … --site {site.name}"
-    return f"see which one has the mail, then: posthouse move {address} --to STORE"
+        back = f"posthouse restore mailbox {address} --site {site.name}"
+        return f"the next message or login makes an empty one; to have back what a backup has of it: {back}"
+    if "no store of the site" in what:
+        return f"write {store} into site.yml again, then: posthouse deploy {site.name}"
+    return f"posthouse move {address} --to {store} --site {site.name} makes one of both; a second move brings it back"

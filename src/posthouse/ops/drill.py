@@ -77,7 +77,7 @@ def drill(site: Site, *, at: str | None = None, check: bool = False, keep: bool 
 
 def _drill(site: Site, repository: Repository, at: str | None, check: bool, keep: bool, say: Say) -> dict[str, Any]:
     began = datetime.now(UTC)
-    chosen = backup.choose(backup.backups(repository), at)[0]
+    chosen = backup.choose(site, backup.backups(repository), at)[0]
     with run.exclusive(site):  # for as long as it is looked at, no backup is made
         damage = repository.damage()
     if damage and not check:
@@ -237,7 +237,10 @@ def read(site: Site, path: Path, bytes_too: bool) -> bool:
     for account in directory.accounts():
         store = site.stores.get(account.store)
         if store is None:
-            raise BackupError(f"{account.address}: is on {account.store}, which is no store of {site.name}")
+            raise BackupError(
+                f"{account.address}: is on {account.store}, which is no store of {site.name}; write that into site.yml "
+                "again, deploy, and run the drill again"
+            )
         password = known.passwords["store_proxy"]
         session = Session(store.host, store.address, 993, tls, account.address, "proxy", password)
         folders = found.setdefault(store.name, {}).setdefault(account.address, {})

@@ -8,6 +8,7 @@ from typing import Any
 from posthouse import PosthouseError, image, provision, secrets
 from posthouse.model import Site
 from posthouse.ops import rebalance, service, state
+from posthouse.ops.rebuild import stores_of
 from posthouse.ops.state import State
 from posthouse.ops.steps import Refused, Step, carry_out, way_on
 from posthouse.provision.records import Records
@@ -23,7 +24,7 @@ def plan(site: Site, have: State, node: str, phase: str = "waiting") -> list[Ste
     phase: how far provisioning has come with its machine.
     """
     state.known(site, node)
-    state.need_answers(have, (name for name in site.nodes if name != node))
+    state.need_answers(site, have, (name for name in site.nodes if name != node))
     new = node not in have.answers
     if new and not site.lab and phase in ("waiting", "reached"):
         raise Refused(
@@ -31,8 +32,12 @@ def plan(site: Site, have: State, node: str, phase: str = "waiting") -> list[Ste
             f"{site.name}), and run this again; nothing was changed"
         )
     if node in have.drained:
-        raise Refused(f"{node}: is drained; put it back with: posthouse undrain {node}; nothing was changed")
-    if not new and node in have.deployed and service.in_service(have, node) and _in_all_pools(site, have, node):
+        raise Refused(
+            f"{node}: is drained; put it back with: posthouse undrain {node} --site {site.name}; nothing was changed"
+        )
+    serves = not new and node in have.deployed and service.in_service(have, node) and _in_all_pools(site, have, node)
+    # A spare, say, serves already when it is given its first store.
+    if serves and all((store.name, node) in have.carries for store in stores_of(site, node)):
         return []
     how = "start it, from the image of its class" if site.lab else "wait until it is installed and lets us in"
     steps = [Step("machine", node, how)] if new else []

@@ -110,7 +110,7 @@ def plan(site: Site, have: dict[str, State], store: str, to: str | None = None, 
     who = f"{to} is not in sync" if to else "no replica is in sync"
     if state.alive:
         behind = f" ({state.lag[to]:g} s behind)" if to in state.lag else ""
-        raise FailoverError(f"{store}: {who}{behind}; wait until posthouse stores says that it is")
+        raise FailoverError(f"{store}: {who}{behind}; wait until posthouse stores {site.name} says that it is")
     if not force:
         raise FailoverError(
             f"{store}: {state.primary} is silent and {who}, so mail may be on {state.primary} alone; bring it back, or "
@@ -156,18 +156,21 @@ def _act(site: Site, remote: Remote, step: Step) -> None:
         else:
             remote.run(step.target, f"{KEEPER} ask {step.store} {step.target}", timeout=60)
     except RemoteError as error:
-        raise FailoverError(f"{step.store}: stays on {step.source}: {error}") from None
+        again = f"see: posthouse stores {site.name}, and run the command again when {step.target} is well"
+        raise FailoverError(f"{step.store}: stays on {step.source}: {error}; {again}") from None
     try:
         remote.run(step.target, f"{KEEPER} served {step.store}", timeout=SERVED)
     except RemoteError as error:
         complaint = f"{step.store}: {step.target} does not serve it: {error}"
+        why = f"on {step.target}, journalctl -u cyrus@{step.store} -u store-keeper@{step.store} says why"
         if step.force:
-            raise FailoverError(complaint) from None
+            raise FailoverError(f"{complaint}; {why}; it serves as soon as that is mended") from None
         try:
             remote.run(step.source, f"{KEEPER} ask {step.store} {step.source}", timeout=60)
         except RemoteError as second:
-            raise FailoverError(f"{complaint}; and {step.source} did not get it back: {second}") from None
-        raise FailoverError(f"{complaint}; {step.source} serves it again") from None
+            see = f"who has it now says: posthouse stores {site.name}"
+            raise FailoverError(f"{complaint}; and {step.source} did not get it back: {second}; {why}; {see}") from None
+        raise FailoverError(f"{complaint}; {step.source} serves it again; {why}") from None
     # What was put off meanwhile need not wait for its minute.
     for node in site.groups["mx"]:
         with contextlib.suppress(RemoteError):
@@ -184,7 +187,10 @@ def _ask_any(remote: Remote, nodes: list[str], command: str) -> Any:
                 return json.loads(done.result())
             except RemoteError as error:
                 reasons.append(str(error))
-        raise FailoverError(f"no node of the cluster can say who serves: {'; '.join(reasons)}")
+        raise FailoverError(
+            f"no node of the cluster can say who serves: {'; '.join(reasons)}; bring nodes back, until a majority of "
+            f"{', '.join(nodes)} is up"
+        )
     finally:
         # One that is down need not be waited for.
         pool.shutdown(wait=False, cancel_futures=True)

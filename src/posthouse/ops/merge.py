@@ -137,7 +137,10 @@ def extent(then: past.Past, target: Store, address: str) -> tuple[int, int]:
         messages = sum(1 for name in folders for _ in session.messages(name))
         session.logout()
     except (imaplib.IMAP4.error, OSError) as error:
-        raise BackupError(f"{address} on {target.name}, as it was: {error}; nothing was changed") from None
+        raise BackupError(
+            f"{address} on {target.name}, as it was: {error}; nothing was changed: run the command again, "
+            "or look into an older backup with --at"
+        ) from None
     return len(folders), messages
 
 
@@ -201,7 +204,7 @@ def wire(name: str) -> str:
     if name.upper() == "INBOX":
         return "INBOX"
     if not name or any(letter < " " or "\ud800" <= letter <= "\udfff" for letter in name) or '"' in name:
-        raise BackupError(f"folder {name!r}: not a name that a folder can have")
+        raise BackupError(f"folder {name!r}: not a name that a folder can have; write it like Archive/2025")
     made, rest = [], ""
     for letter in [*name, ""]:
         if letter and not " " <= letter <= "~":

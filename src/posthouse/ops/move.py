@@ -120,7 +120,7 @@ class Mover:
     def _plan(self, on: Relocation, address: str, target: str) -> Move:
         account = on.directory.holders([address]).get(address)
         if account is None:
-            raise MoveError(f"no account {address}; see: posthouse account list")
+            raise MoveError(f"no account {address}; see: posthouse account list --site {self.site.name}")
         if account.address != address:
             raise MoveError(f"{address} is an alias of {account.address}; name that account")
         if account.store not in self.site.stores:
@@ -208,7 +208,10 @@ class Mover:
     def _failed(self, moved: Moved, error: Exception) -> Moved:
         moved.error = str(error)
         if moved.switched:
-            moved.error = f"it is on {moved.target}, but its former copy on {moved.source} is left: {error}"
+            moved.error = (
+                f"it is on {moved.target}, but its former copy on {moved.source} is left until the same command is "
+                f"run again: {error}"
+            )
         self._say(moved.address, "failed")
         return moved
 

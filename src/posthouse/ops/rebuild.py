@@ -32,8 +32,9 @@ def holders(site: Site, have: State, node: str) -> dict[str, str]:
         other = next((name for name in candidates if name != node and name in have.answers), None)
         if not other:
             raise Refused(
-                f"{store.name}: no node that answers has a copy; bring one of {', '.join(members)} back, or restore it "
-                f"from the backup: posthouse restore; nothing was changed"
+                f"{store.name}: no node that answers has a copy; bring one of {', '.join(members)} back; if their "
+                "disks are lost, let others begin the store anew and fill it from the backup: docs/nodes.md, 'What "
+                "has no other copy'; nothing was changed"
             )
         found[store.name] = other
     return found
@@ -52,19 +53,24 @@ def plan(site: Site, have: State, node: str, sizes: dict[str, int]) -> list[Step
     if node in have.deployed and node not in have.drained:
         raise Refused(
             f"{node}: is alive, and a rebuild wipes its disk; if you mean it, take it out of service first: "
-            f"posthouse drain {node}; nothing was changed"
+            f"posthouse drain {node} --site {site.name}; nothing was changed"
         )
     if not site.lab and node not in have.answers:
         raise Refused(
-            f"{node}: does not answer; have it installed first: posthouse provision reinstall {node}; "
-            "nothing was changed"
+            f"{node}: does not answer; have it installed first: posthouse provision reinstall {node} --site "
+            f"{site.name}; nothing was changed"
         )
     if "directory" in entry.tiers:
-        state.need_answers(have, (name for name in site.directory.providers if name != node))
+        state.need_answers(site, have, (name for name in site.directory.providers if name != node))
         if not any(name in have.answers for name in site.directory.providers if name != node):
+            if have.deployed - {node}:
+                fix = "write another node that answers at the end of directory.providers in site.yml, for it has them "
+                fix += f"too, run: posthouse deploy {site.name}, and this again"
+            else:
+                fix = f"bring all of the site back from the backup: posthouse rebuild --site {site.name}"
             raise Refused(
-                f"{node}: is the only provider of the directory, so nobody can give it its entries; restore them from "
-                "the backup: posthouse rebuild --site; nothing was changed"
+                f"{node}: is the only provider of the directory, so nobody can give it its entries; {fix}; nothing was "
+                "changed"
             )
     sources = holders(site, have, node)
     room = site.lab.srv_mib if site.lab else site.classes[entry.klass].disk_gib * 1024

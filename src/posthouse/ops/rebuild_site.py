@@ -50,13 +50,14 @@ def plan(site: Site, have: State, name: str, parts: dict[str, int]) -> list[Step
     if alive:
         raise Refused(
             f"{alive[0]}: is alive, and a site is rebuilt only from nothing; one node that is gone comes back by: "
-            "posthouse rebuild NODE, and single accounts by: posthouse restore; nothing was changed"
+            f"posthouse rebuild NODE --site {site.name}, and single accounts by: posthouse restore account ADDRESS "
+            f"--site {site.name}; nothing was changed"
         )
     silent = [node for node in site.nodes if node not in have.answers]
     if silent and not site.lab:
         raise Refused(
-            f"{silent[0]}: does not answer; have it installed first: posthouse provision reinstall {silent[0]}; "
-            "nothing was changed"
+            f"{silent[0]}: does not answer; have it installed first: posthouse provision reinstall {silent[0]} --site "
+            f"{site.name}; nothing was changed"
         )
     held = [part.partition(":")[2] for part in parts if part.startswith("store:")]
     if strange := [store for store in held if store not in site.stores]:
@@ -131,7 +132,7 @@ class _Rebuild:
         if not site.lab or lab.running(site.name):
             have = self._look()
         at = next(iter(have.filling.values()), at)
-        self.backup: Backup = backups.choose(backups.backups(self.repository), at)[0]
+        self.backup: Backup = backups.choose(site, backups.backups(self.repository), at)[0]
         self.repository.need_intact()
         listed = backups.manifest(self.repository, self.backup)["parts"]
         self.steps = plan(site, have, self.backup.name, {part["name"]: part["bytes"] for part in listed})
@@ -195,7 +196,7 @@ class _Rebuild:
         have = state.read(self.site, self.reached)
         # A node that was only switched off has come back with all that it had.
         plan(self.site, have, self.backup.name, {})
-        state.need_answers(have, self.site.nodes)
+        state.need_answers(self.site, have, self.site.nodes)
         note = f"printf '%s\\n' {self.backup.name} >{FILLING}.new"
         keep = f"mkdir -p $(dirname {FILLING}) && {note} && sync {FILLING}.new && mv {FILLING}.new {FILLING}"
         self.reached.each(self.site.nodes, keep)
@@ -210,7 +211,9 @@ class _Rebuild:
         deadline = time.monotonic() + LONGEST
         while len(set((answers := self.reached.each(nodes, _ENTRIES, timeout=3600)).values())) > 1:
             if time.monotonic() > deadline:
-                raise Stopped(f"the directories of {', '.join(sorted(answers))} do not become the same")
+                names = ", ".join(sorted(answers))
+                see = f"posthouse drift {self.site.name}"
+                raise Stopped(f"the directories of {names} do not become the same; which one differs says: {see}")
             time.sleep(1)
         self.reached.each(self.site.nodes, f"rm -f {FILLING}")
         self.reached.each(nodes, _OPEN)
@@ -230,7 +233,8 @@ class _Rebuild:
         deadline = time.monotonic() + LONGEST
         while behind := self._behind():
             if time.monotonic() > deadline:
-                raise Stopped(f"{behind[0]}: its replicas do not have everything; see: posthouse stores")
+                see = f"posthouse stores {self.site.name}"
+                raise Stopped(f"{behind[0]}: its replicas do not have everything; see: {see}")
             time.sleep(1)
         return ""
 

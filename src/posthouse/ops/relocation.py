@@ -133,7 +133,9 @@ class Relocation:
                 return time.monotonic() + (self._remembered if moved.notes else STRAGGLERS)
             self._copy(address, source, target)
         shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
-        raise MoveError(f"{address}: stays on {source}; the copy on {target} is not ready: {shown}")
+        raise MoveError(
+            f"{address}: stays on {source}; the copy on {target} is not ready: {shown}; run the command again"
+        )
 
     def _switch(self, moved: Moved) -> list[str]:
         """Freezes the source, and makes the target the account's if it is the same. Returns what it lacks."""
@@ -200,7 +202,10 @@ class Relocation:
             notes = self._send_sessions_on(address, target)
             if len(notes) < len(self._site.groups["access"]):
                 return notes
-            lost = MoveError(f"{address}: no node of the access tier hears of its move: {notes[0]}")
+            lost = MoveError(
+                f"{address}: no node of the access tier hears of its move: {notes[0]}; it stays on {source}: run the "
+                "command again when one of them answers"
+            )
         # Not if somebody else has moved it meanwhile.
         if account and account.store in (source, target):
             # Should a provider come back with the change, this one is newer.
@@ -211,7 +216,10 @@ class Relocation:
         account = self.directory.get(address)
         if account is None or account.store != store:
             where = f"is on {account.store}" if account else "is no account"
-            raise MoveError(f"{address} {where} now, and not on {store}; its mailboxes are left as they are")
+            raise MoveError(
+                f"{address} {where} now, and not on {store}; its mailboxes are left as they are; if it is still to "
+                "move, run the command again"
+            )
 
     def _clear(self, address: str, source: str, target: str) -> None:
         """What is on the target already is a copy that a killed move left, or it is not the account's mailbox."""
@@ -229,8 +237,8 @@ class Relocation:
         """Refuses if the mailbox is on another store than the directory says: a login there would make a new one."""
         if not self.mailboxes(store).exists(address) and self.mailboxes(other).exists(address):
             raise MoveError(
-                f"{address}: the directory has it on {store}, and its mailbox is on {other}; nothing was changed. "
-                f"posthouse drift compares them; posthouse restore brings back what is missing"
+                f"{address}: the directory has it on {store}, and its only mailbox is on {other}; send it a message or "
+                f"log in, which makes one on {store}, and run the command again: it makes one of both"
             )
 
     def _forget_on_replicas(self, address: str, store: str) -> None:
@@ -276,7 +284,7 @@ class Relocation:
         deadline = time.monotonic() + REPLICATED
         while late := self._not_replicated(store, ASK):
             if time.monotonic() > deadline:
-                raise MoveError(late[0])
+                raise MoveError(f"{late[0]}; run the command again when they have it")
             now = failover.primaries(self._site, self._remote)[store]
             if now != self._primary(store):
                 raise MoveError(f"{store} is served by {now} now; run the command again")
@@ -357,7 +365,10 @@ class Relocation:
         self._check_on(address, target)
         left = self.directory.moved(address)
         if left is None:
-            raise MoveError(f"{address}: the directory knows of no former copy; its mailbox on {source} is left alone")
+            raise MoveError(
+                f"{address}: the directory knows of no former copy; its mailbox on {source} is left alone; what to do "
+                f"with it says: posthouse drift {self._site.name}"
+            )
         self.check_there(address, target, source)
         mailboxes = self.mailboxes(source)
         if mailboxes.exists(address):

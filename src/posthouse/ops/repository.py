@@ -111,7 +111,7 @@ class Repository:
         """
         done = self._done("check", "--no-lock", *([] if quick else ["--read-data"]))
         complaint = done.stderr.strip() or done.stdout.strip() or "restic failed without a word"
-        error = _error(self.place, complaint)
+        error = _error(self.site.name, self.place, complaint)
         if done.returncode and isinstance(error, Shut):
             raise error
         return [line.strip() for line in complaint.splitlines() if line.strip()] if done.returncode else []
@@ -128,7 +128,7 @@ class Repository:
         """What restic prints, run on the controller with all rights. Raises BackupError with what it complained of."""
         done = self._done(*arguments, text=text)
         if done.returncode:
-            raise _error(self.place, done.stderr.strip() or done.stdout.strip())
+            raise _error(self.site.name, self.place, done.stderr.strip() or done.stdout.strip())
         return done.stdout
 
     def _done(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -151,7 +151,7 @@ class Repository:
             check=False,
         )
         if done.returncode:
-            raise _error(self.place, done.stderr.decode(errors="replace").strip())
+            raise _error(self.site.name, self.place, done.stderr.decode(errors="replace").strip())
         return done.stdout
 
     def snapshots(self) -> list[dict[str, Any]]:
@@ -243,17 +243,17 @@ class Lent:
         return self._remote.run(node, "bash -euo pipefail -s", "\n".join([*lines, script, ""]), timeout)
 
 
-def summary(printed: str) -> dict[str, Any]:
-    """The last line of `restic backup --json`, about the snapshot it made."""
+def summary(part: str, printed: str) -> dict[str, Any]:
+    """The last line of `restic backup --json`, about the snapshot it made of a part."""
     for line in reversed(printed.splitlines()):
         with contextlib.suppress(json.JSONDecodeError):
             item = json.loads(line)
             if isinstance(item, dict) and item.get("message_type") == "summary":
                 return item
-    raise BackupError("restic did not say what it backed up; run the command again")
+    raise BackupError(f"{part}: restic did not say what it backed up; run the command again")
 
 
-def _error(place: str, complaint: str) -> BackupError:
+def _error(site: str, place: str, complaint: str) -> BackupError:
     """restic's complaint as one sentence with what to do."""
     if "wrong password" in complaint or "no key found" in complaint:
         return Shut(
@@ -264,7 +264,7 @@ def _error(place: str, complaint: str) -> BackupError:
     if "already locked" in complaint:
         return Shut(f"{place}: {line}; wait for whoever that is; if nobody is: restic -r {place} unlock --remove-all")
     return BackupError(
-        f"{place}: {line or 'restic failed without a word'}; see what is damaged with: posthouse backup check"
+        f"{place}: {line or 'restic failed without a word'}; see what is damaged with: posthouse backup check {site}"
     )
 
 

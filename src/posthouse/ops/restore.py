@@ -68,7 +68,7 @@ def opened(site: Site, secrets: Secrets, at: str | None) -> Iterator[Opened]:
     """The site, held against others, and its backups to look into, newest first. Raises BackupError, Busy."""
     repository = Repository(site, secrets)
     repository.require()
-    found = choose(backups(repository), at)
+    found = choose(site, backups(repository), at)
     with run.exclusive(site):
         remote = Remote(site)
         primaries = stands(remote, site)
@@ -91,7 +91,8 @@ def mail(
     with opened(site, secrets, at) as here:
         account = here.directory.get(address)
         if account is None:
-            raise BackupError(f"no account {address}; if it was deleted, bring it back by: posthouse restore account")
+            back = f"posthouse restore account {address} --site {site.name}"
+            raise BackupError(f"no account {address}; if it was deleted, bring it back by: {back}")
         return _mail(here, account.store, address, wanted, check)
 
 
@@ -110,7 +111,7 @@ def account(site: Site, secrets: Secrets, address: str, *, at: str | None = None
             if entry:
                 break
         else:
-            raise BackupError(f"no backup has the account {address}; see: posthouse backup list")
+            raise BackupError(f"no backup has the account {address}; see: posthouse backup list {site.name}")
         wish, password = entries.read(here.directory, entry)
         if wish.store not in site.stores:
             raise BackupError(f"{address}: its store {wish.store} is no longer in the site; add one of that name")
@@ -144,7 +145,10 @@ def account(site: Site, secrets: Secrets, address: str, *, at: str | None = None
             mailboxes.set_quota(address, 0)
             done = account_mail(secrets, then, store, address, Wanted(), False)
             if done is None:
-                raise BackupError(f"{address}: its mailbox in the backup {backup.name} has no folder that can be read")
+                raise BackupError(
+                    f"{address}: its mailbox in the backup {backup.name} has no folder that can be read; look into an "
+                    "older one with --at"
+                )
             mailboxes.set_quota(address, kept.quota)
             threshold = site.accounts.spam_threshold if kept.spam_threshold is None else kept.spam_threshold
             mailboxes.install_script(address, threshold)
@@ -160,7 +164,7 @@ def directory(site: Site, secrets: Secrets, *, at: str | None = None, check: boo
     """
     repository = Repository(site, secrets)
     repository.require()
-    backup = choose(backups(repository), at)[0]
+    backup = choose(site, backups(repository), at)[0]
     with run.exclusive(site):
         return _directory(site, secrets, repository, Remote(site), backup, check)
 
@@ -172,7 +176,7 @@ def queue(site: Site, secrets: Secrets, node: str, *, at: str | None = None, che
     """
     repository = Repository(site, secrets)
     repository.require()
-    found = [b for b in choose(backups(repository), at) if f"queues:{node}" in b.parts]
+    found = [b for b in choose(site, backups(repository), at) if f"queues:{node}" in b.parts]
     if not found or node not in site.nodes:
         raise BackupError(
             f"{node}: no backup has queues of a node of that name; see: posthouse backup list {site.name}"
@@ -193,7 +197,7 @@ def everything(
     origin = source or site
     repository = Repository(origin, all_secrets.load(origin))
     repository.require()
-    backup = choose(backups(repository), at)[0]
+    backup = choose(origin, backups(repository), at)[0]
     with run.exclusive(site):
         remote = Remote(site)
         say(f"backup {backup.name}")
@@ -307,7 +311,7 @@ def _mail(here: Opened, store: str, address: str, wanted: Wanted, check: bool) -
     what = wanted.identifier or wanted.folder or "any mail"
     raise BackupError(
         f"{address}: {what} is in none of the backups that were looked into ({looked[-1]} to {looked[0]}); "
-        "see what there is with: posthouse backup list"
+        f"see what there is with: posthouse backup list {here.site.name}"
     )
 
 

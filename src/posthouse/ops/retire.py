@@ -57,8 +57,8 @@ def plan(
         )
     for store, names in (lacking or {}).items():
         raise Refused(
-            f"{store}: {', '.join(names)} does not have all of it yet; deploy, wait until posthouse stores says that "
-            "it is in sync, and run this again; nothing was changed"
+            f"{store}: {', '.join(names)} does not have all of it yet; deploy, wait until posthouse stores "
+            f"{site.name} says that it is in sync, and run this again; nothing was changed"
         )
     for store, primary in have.primaries.items():
         if primary == node and site.stores[store].primary != node:
@@ -95,7 +95,7 @@ def plan(
                 f"cluster.members: one node has to take the place of {node}, and new in site.yml are "
                 f"{', '.join(new) or 'none'}; name one; nothing was changed"
             )
-        state.need_answers(have, quorum.members(site))
+        state.need_answers(site, have, quorum.members(site))
         steps.append(Step("quorum", node, f"have {new[0]} take its place in the cluster", new[0]))
     if site.cluster and "store" in site.nodes[node].tiers:
         # What it served it hands over only as long as it knows of it: this comes after the drain.

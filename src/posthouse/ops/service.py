@@ -35,7 +35,8 @@ def deploy(site: Site, limit: str | None = None, tiers: list[str] | None = None,
     result = run.playbook(site, "deploy", *(["--limit", limit] if limit else []), variables=variables, quiet=True)
     failed = {name: node.get("error", "failed") for name, node in result["nodes"].items() if not node["ok"]}
     if failed or not result["ok"]:
-        raise Stopped("; ".join(f"{name}: {error}" for name, error in failed.items()) or "ansible-playbook failed")
+        errors = "; ".join(f"{name}: {error}" for name, error in failed.items()) or "ansible-playbook failed"
+        raise Stopped(f"{errors}; all that Ansible said stands above")
     changed = [name for name, node in result["nodes"].items() if node["changed"]]
     return f"changed: {', '.join(changed) or 'nothing'}"
 
@@ -46,7 +47,8 @@ def pools(site: Site, node: str, wanted: str, wait: int = 60, limit: str | None 
     result = run.playbook(site, "drain", *(["--limit", limit] if limit else []), variables=variables, quiet=True)
     if not result["ok"]:
         errors = [data["error"] for data in result["nodes"].values() if data.get("error")]
-        raise Stopped("; ".join(errors) or "the balancers' pools could not be changed")
+        complaints = "; ".join(errors) or "the balancers' pools could not be changed"
+        raise Stopped(f"{complaints}; all that Ansible said stands above")
     return ""
 
 
@@ -85,7 +87,7 @@ def verify(site: Site, node: str | None = None) -> str:
             return f"{result['passed']} checks passed"
         if time.monotonic() > deadline:
             lines = [f"{check['tier']}: {check['check']}: {_last_line(check['message'])}" for check in failed]
-            raise Stopped("; ".join(lines) or "no check ran")
+            raise Stopped(f"{'; '.join(lines) or 'no check ran'}; all of it says: posthouse verify {site.name}")
         time.sleep(2)
 
 

@@ -24,6 +24,7 @@ test -e {MARK} && echo drained yes
 grep -qs '"for": "upgrade"' {MARK} && echo upgrading yes
 test -e /var/lib/posthouse/generation.json && echo deployed yes
 test -e {FILLING} && echo filling $(cat {FILLING})
+for file in /etc/cyrus/*/store.json; do test -e "$file" && echo "carries $file"; done
 ip -4 -o address | sed -n 's/.* inet \\([0-9.]*\\).*/address \\1/p'
 df -m --output=avail /srv | sed -n '2s/^ */free /p'
 test -S /run/slapd/ldapi && echo directory yes
@@ -45,6 +46,7 @@ class State:
     drained: frozenset[str] = frozenset()
     upgrading: frozenset[str] = frozenset()  # those of them that an upgrade has drained, and has not put back
     primaries: dict[str, str] = field(default_factory=dict)  # store → the node that has its address
+    carries: frozenset[tuple[str, str]] = frozenset()  # (store, node): the node was converged to have a copy of it
     late: frozenset[tuple[str, str]] = frozenset()  # (store, node): a replica that lacks something for a minute
     vip: str = ""  # the node that has the VIP
     # balancer → pool → server → "up", "down" or "drained"
@@ -94,7 +96,7 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
     stores = {store.address: store.name for store in site.stores.values()}
     vip = str(site.vips["mail"])
     flags: dict[str, set[str]] = {"drained": set(), "upgrading": set(), "deployed": set()}
-    primaries, holder, late, free, filling = {}, "", set(), {}, {}
+    primaries, holder, carries, late, free, filling = {}, "", set(), set(), {}, {}
     pools: dict[str, dict[str, dict[str, str]]] = {}
     for node, text in answers.items():
         for word, *rest in (line.split() for line in (text or "").splitlines() if line.strip()):
@@ -112,6 +114,8 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
                 pool, server, operational, administrative = rest
                 how = "drained" if int(administrative) else "up" if operational == "2" else "down"
                 pools.setdefault(node, {}).setdefault(pool, {})[server] = how
+            elif word == "carries":
+                carries.add((rest[0].split("/")[3], node))
             elif word == "late":
                 _, _, _, store, _, _, peer, *_ = rest[0].split("/")
                 late.add((store, peer))
@@ -121,6 +125,7 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
         drained=frozenset(flags["drained"]),
         upgrading=frozenset(flags["upgrading"]),
         primaries=primaries,
+        carries=frozenset(carries),
         late=frozenset(late),
         vip=holder,
         pools=pools,
@@ -129,21 +134,21 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
     )
 
 
-def need_answers(state: State, nodes: Iterable[str]) -> None:
+def need_answers(site: Site, state: State, nodes: Iterable[str]) -> None:
     """Refuses if one of the nodes does not answer."""
     for name in nodes:
         if name not in state.answers:
             raise Refused(
-                f"{name}: does not answer; bring it back, or have it made anew with: posthouse rebuild {name}; "
-                "nothing was changed"
+                f"{name}: does not answer; bring it back, or have it made anew with: posthouse rebuild {name} --site "
+                f"{site.name}; nothing was changed"
             )
 
 
 def from_data(data: dict[str, Any]) -> State:
     """A state written down as plain data, as test cases and reports have it."""
     sets = {key: frozenset(data.get(key, ())) for key in ("answers", "deployed", "drained", "upgrading")}
-    sets["late"] = frozenset((store, node) for store, node in data.get("late", ()))
-    return State(**{**data, **sets})
+    pairs = {key: frozenset((store, node) for store, node in data.get(key, ())) for key in ("carries", "late")}
+    return State(**{**data, **sets, **pairs})
 
 
 def mark(remote: Remote, node: str, data: dict[str, Any]) -> None:

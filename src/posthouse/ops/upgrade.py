@@ -116,12 +116,12 @@ def plan(
 ) -> list[Step]:
     """The steps of a rolling upgrade; none if no package is to be had. now: the site's digest. Raises Refused."""
     state.known(site, *nodes)
-    state.need_answers(have, site.nodes)
+    state.need_answers(site, have, site.nodes)
     outside = sorted(have.drained - have.upgrading)
     if outside:
         raise Refused(
             f"{outside[0]}: is drained already, and one node at a time is out of service; put it back first: "
-            f"posthouse undrain {outside[0]}; nothing was changed"
+            f"posthouse undrain {outside[0]} --site {site.name}; nothing was changed"
         )
     # One that an upgrade was at when it ended is finished first, also if it has got its packages by now.
     wanted = [name for name in order(have, nodes or site.nodes) if updates.get(name) and name not in have.upgrading]
@@ -200,7 +200,7 @@ def upgrade(
     remote = Remote(site)
     drains = Drains(site, remote, wait, "upgrade")
     have = state.read(site, remote)
-    state.need_answers(have, site.nodes)
+    state.need_answers(site, have, site.nodes)
     updates = available(remote, {*(nodes or site.nodes), *have.upgrading})
     steps = plan(site, have, nodes, updates, digest(site), rehearsed or _rehearsal(site))
 
@@ -241,7 +241,7 @@ def _rehearsal(site: Site) -> dict[str, Any] | None:
         return None
     except ValueError:
         raise Refused(
-            f"{path}: is damaged; rehearse again: posthouse upgrade --rehearse; nothing was changed"
+            f"{path}: is damaged; rehearse again: posthouse upgrade --rehearse --site {site.name}; nothing was changed"
         ) from None
     return noted
 
@@ -353,7 +353,8 @@ def _rehearsed(name: str, site: Site) -> bool:
     result = run.verify(copy, quiet=True)
     failed = [check for check in result["checks"] if check["outcome"] == "failed"]
     if failed or not result["passed"]:
-        raise Stopped("; ".join(f"{check['node']}: {check['check']}" for check in failed[:5]) or "no check ran")
+        names = "; ".join(f"{check['node']}: {check['check']}" for check in failed[:5]) or "no check ran"
+        raise Stopped(f"{names}; mend that in the site, and run: posthouse upgrade --rehearse --site {site.name}")
     _used(copy)
     versions = _only_machines(copy, remote)
     for packages in installed(remote, copy.nodes).values():
