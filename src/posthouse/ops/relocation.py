@@ -231,6 +231,8 @@ class Relocation:
         # Not only a folder that was deleted, of which a copy brings what is aside along.
         if any(one.name == "INBOX" for one in former.values()):
             self.mailboxes(target).open_aside(former)
+            # A replica that forgets what it is being told of has Cyrus bring messages twice.
+            self._replicate(target)
             self._forget_on_replicas(address, target)
 
     def check_there(self, address: str, store: str, other: str) -> None:
