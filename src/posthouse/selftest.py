@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from posthouse import demo, lab, run, sitefile
 from posthouse.apart import apart
@@ -16,30 +17,34 @@ from posthouse.model import Site
 # `vm` makes a small lab of its own, once the other is down.
 SUITES = {"unit": False, "cases": False, "render": False, "verify": True, "modules": True, "lab": True, "vm": False}
 SITE = "lab"
+LINES, WIDTH = 4, 300  # of what a failed test says, in the list at the end
 
 
 def test(wanted: list[str], full: bool) -> int:
-    """Runs the named suites, or all; prints `test: N passed, N failed` last. Returns the exit status."""
+    """Runs the named suites, or all; prints what failed and `test: N passed, N failed` last; returns the status."""
     unknown = set(wanted) - set(SUITES)
     if unknown:
         raise SystemExit(f"posthouse: no such suite: {', '.join(sorted(unknown))}; the suites are {', '.join(SUITES)}")
     suites = [suite for suite in SUITES if suite in (wanted or SUITES)]
-    counts = {"passed": 0, "failed": 0}
+    passed, failures = 0, []
     needs_lab = [suite for suite in suites if SUITES[suite]]
     apart(lambda: lab.ensure_requirements() is not None)  # tests of what needs no lab use its programs too
     try:
         for suite in suites:
             if needs_lab and suite == needs_lab[0] and not _prepare(sitefile.load(SITE)):
-                counts["failed"] += 1
+                failures.append(f"no lab to test on: {SITE}")
                 break
             if needs_lab and suite == "vm":
                 lab.down(SITE)  # its memory and processors are wanted
-            _suite(suite, full, counts)
+            cases = _suite(suite, full)
+            passed += sum(case["outcome"] == "passed" for case in cases)
+            failures += [_failure(case) for case in cases if case["outcome"] == "failed"]
     finally:
         if needs_lab:
             lab.down(SITE)
-    print(f"test: {counts['passed']} passed, {counts['failed']} failed", flush=True)
-    return 1 if counts["failed"] or not counts["passed"] else 0
+    # Once more, at the end: of a long log often only that is kept.
+    print(*failures, f"test: {passed} passed, {len(failures)} failed", sep="\n", flush=True)
+    return 1 if failures or not passed else 0
 
 
 def _prepare(site: Site) -> bool:
@@ -51,16 +56,23 @@ def _prepare(site: Site) -> bool:
     return True
 
 
-def _suite(suite: str, full: bool, counts: dict[str, int]) -> None:
+def _suite(suite: str, full: bool) -> list[dict[str, Any]]:
+    """The suite's cases, as run.pytest() gives them."""
     arguments = [f"tests/{suite}", *(["--full"] if full and suite in ("lab", "vm") else [])]
     if suite == "verify":
         arguments += ["--site", SITE, *run.VERIFY]
     with phase(f"tests/{suite}"):
         status, cases = run.pytest(*arguments, env=os.environ | {"POSTHOUSE_SITE": SITE})
-    for outcome in counts:
-        counts[outcome] += sum(case["outcome"] == outcome for case in cases)
     if status and not any(case["outcome"] == "failed" for case in cases):
-        counts["failed"] += 1  # pytest itself came to grief: an import error, a usage error, no test at all
+        # An import error, a usage error, no test at all.
+        cases.append({"name": "pytest", "where": suite, "outcome": "failed", "message": f"ended with status {status}"})
+    return cases
+
+
+def _failure(case: dict[str, Any]) -> str:
+    """What failed and with which words, on few lines."""
+    said = [line for line in case["message"].splitlines() if line.startswith("E ")] or case["message"].splitlines()
+    return "\n".join([f"FAILED {case['where']} {case['name']}", *(f"  {line[:WIDTH]}" for line in said[:LINES])])
 
 
 @contextmanager

@@ -275,7 +275,7 @@ def full(platform: Platform, friend: str, people: Any) -> Person:
     with Smtp(platform, source=friend) as client:
         assert client.transaction("stranger@example.net", people.tiny.address, filler.data).code == 250
     with Imap(platform, people.tiny) as imap:
-        eventually(lambda: imap.messages(filler.id), 20, "the message that fills the mailbox")
+        eventually(lambda: imap.messages(filler.id), 60, "the message that fills the mailbox")
     return people.tiny
 
 

@@ -261,14 +261,14 @@ def test_account(site, own, platform, friend, posthouse, owner, size):
             return False
         return True
 
-    eventually(logged_in, 20, "the old password opens the mailbox")
+    eventually(logged_in, 60, "the old password opens the mailbox")
     parcel = letter(SENDER, owner.person.address, Subject="parcels for you")
     with Smtp(platform, source=friend) as client:
         eventually(
             lambda: client.transaction(SENDER, owner.person.address, parcel.data).code == 250, 30, "mail is accepted"
         )
     session = own(owner.person)
-    eventually(lambda: session.having("Archive", parcel.id), 30, "the script files the parcel")
+    eventually(lambda: session.having("Archive", parcel.id), 60, "the script files the parcel")
     session.logout()
 
 
@@ -282,7 +282,7 @@ def test_unnoticed(site, platform, posthouse, people, friend):
         while backup.poll() is None:
             message = letter(SENDER, people.dave.address)
             assert client.transaction(SENDER, people.dave.address, message.data).code == 250
-            eventually(lambda m=message: imap.messages(m.id), 20, "the message, while a backup is made")
+            eventually(lambda m=message: imap.messages(m.id), 60, "the message, while a backup is made")
             sent += 1
     assert backup.returncode == 0
     assert sent >= 3

@@ -141,7 +141,7 @@ def test_forward_outside(send, people, world):
     """A message to an account that forwards to the outside leaves, unchanged"""
     message = letter(SENDER, people.traveller.address)
     send(people.traveller.address, message)
-    arrival = eventually(lambda: world.to(people.elsewhere), 30, "the forwarded message outside")[0]
+    arrival = eventually(lambda: world.to(people.elsewhere), 60, "the forwarded message outside")[0]
     assert header(arrival.data, "Message-ID") == [message.id]
     assert digest(arrival.data) == digest(message.data)
 
@@ -156,7 +156,7 @@ def test_two_stores(platform, nodes, send, arrives, people):
         store = platform.site.stores[person.store]
         for node in (store.primary, *store.replicas):
             find = f"grep -rlF '{message.id}' /srv/store/{store.name}/spool --include='*.' || true"
-            eventually(lambda n=node, f=find: nodes.run(n, f), 10, f"{message.id} in {store.name} on {node}")
+            eventually(lambda n=node, f=find: nodes.run(n, f), 60, f"{message.id} in {store.name} on {node}")
 
 
 def test_client_address(platform, nodes, friend, send, arrives, people):
@@ -169,4 +169,4 @@ def test_client_address(platform, nodes, friend, send, arrives, people):
     with Imap(platform, people.bob, source=home) as imap:
         imap.noop()
     logged = f"journalctl -u dovecot --since -2min -o cat | grep -F 'rip={home},' || true"
-    eventually(lambda: any(nodes.each("access", logged).values()), 10, f"rip={home} in the journal of an access node")
+    eventually(lambda: any(nodes.each("access", logged).values()), 60, f"rip={home} in the journal of an access node")

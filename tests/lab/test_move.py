@@ -21,6 +21,7 @@ from conftest import settled
 from test_failover import paused
 
 from posthouse import lab, run, secrets
+from posthouse.directory import Directory
 from posthouse.mailboxes import Mailboxes, ManageSieve, quoted
 from posthouse.ops import failover, mailbox_state, rebalance
 from posthouse.ops.mailbox_state import MailboxState, differences
@@ -331,18 +332,21 @@ def test_killed(site, platform, make, stores):
         assert imap.select("INBOX")[1] == [b"4"]
 
 
-def test_killed_untold(site, nodes, make, stores, posthouse, home):
+def test_killed_untold(site, nodes, make, stores, home):
     """A mover dies when only the directory knows of the move: the guard that it left does not stop the rerun"""
     (person,) = make(1)
     before = stores.state(stores.source, person)
 
-    def listed() -> bool:
-        shown = json.loads(posthouse("account", "show", person.address, "--site", site.name, "--json"))
-        return shown["store"] == stores.target.store.name
+    directory = Directory(site, secrets.load(site))
 
-    # The mover waits for this node's copy of the directory to hear of it.
+    def listed() -> bool:
+        account = directory.get(person.address)
+        return account is not None and account.store == stores.target.store.name
+
+    # The mover waits for this node's copy of the directory to hear of it, for some seconds.
     with paused(nodes, nodes.of("access")[0], "slapd"):
-        killed(site, person, stores.target, "switching", lambda: eventually(listed, 5, "the directory's change"))
+        killed(site, person, stores.target, "switching", lambda: eventually(listed, 60, "the directory's change"))
+    directory.close()
     assert nodes.run(home[stores.source.store.name].primary, "ps -C freeze-guard -o args=").count(person.address) == 1
     assert [one["address"] for one in moved(site, [person], stores.target)] == [person.address]
     assert differences(before, stores.state(stores.target, person)) == []

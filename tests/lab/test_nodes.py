@@ -141,13 +141,13 @@ def test_drain_waits(platform, nodes, people, site, drained):
     with ThreadPoolExecutor(1) as pool, paused(nodes, node, f"'cyrus-sync-{store}@*'"):
         with Imap(platform, people.alice) as imap:
             imap.append("Drafts", "", "", letter(people.alice.address, people.bob.address).data)
-        eventually(lambda: not failover.states(site)[store].in_sync, 30, "a replica that is not in sync")
+        eventually(lambda: not failover.states(site)[store].in_sync, 60, "a replica that is not in sync")
         command = [run.BIN / "posthouse", "drain", node, "--site", site.name, "--check"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode != 0
         assert f"{store}: no replica has all of it now" in done.stderr
         draining = pool.submit(drained, node)
-        eventually(lambda: f", drain {node} --site {site.name} --wait" in lock.read_text(), 30, "a drain at work")
+        eventually(lambda: f", drain {node} --site {site.name} --wait" in lock.read_text(), 60, "a drain at work")
         time.sleep(4)
         assert not draining.done()
         have = state.read(site, Remote(site))

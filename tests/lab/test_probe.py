@@ -92,16 +92,16 @@ def test_session_lost(platform, nodes, people, site):
     store = site.stores[people.carol.store]
     with Probe(site, [people.carol], Rates(sessions=1)) as probe:
         sessions = probe.kinds["sessions"]
-        eventually(lambda: sessions.taken >= 2, 30, "a session")
+        eventually(lambda: sessions.taken >= 2, 60, "a session")
         # Cyrus names its processes' users in its own table.
         ask = f"runuser -u cyrus -- /usr/lib/cyrus/bin/cyr_info -C /etc/cyrus/{store.name}/imapd.conf proc"
         lines = eventually(
             lambda: _of(nodes.run(nodes.primary(store.name), ask), people.carol.address), 10, "its process"
         )
         nodes.run(nodes.primary(store.name), f"kill {' '.join(line.split()[0] for line in lines)}")
-        eventually(lambda: sessions.reconnects() == [1], 30, "a reconnect")
+        eventually(lambda: sessions.reconnects() == [1], 60, "a reconnect")
         before = sessions.taken
-        eventually(lambda: sessions.taken >= before + 3, 30, "the session going on")
+        eventually(lambda: sessions.taken >= before + 3, 60, "the session going on")
     assert sessions.statistics().failed >= 1
 
 

@@ -65,7 +65,7 @@ def test_this_nodes_daemons_find_it(ask: Callable[..., Any], ctx: dict[str, Any]
 
 
 def test_follows_every_provider(host: Any, ask: Callable[..., Any], ctx: dict[str, Any]) -> None:
-    """What another provider wrote is here. That takes milliseconds; ten seconds are for one that has just come back."""
+    """What another provider wrote is here. That takes milliseconds; half a minute is for one that just came back."""
     for provider in ctx["directory"]["providers"]:
         if provider["name"] == ctx["node"]["name"]:
             continue
@@ -73,7 +73,7 @@ def test_follows_every_provider(host: Any, ask: Callable[..., Any], ctx: dict[st
         assert answer.rc == 0, f"{provider['name']}: {answer.stderr}"
         # Of its own changes a provider knows best. One that has not written yet has none.
         own = csns(answer).get(f"{provider['id']:03x}", "")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while (here := csns(ask("-s", "base", "contextCSN")).get(f"{provider['id']:03x}", "")) < own:
             assert time.monotonic() < deadline, f"{here or 'nothing'} of {provider['name']}, which is at {own}"
             time.sleep(1)
@@ -147,10 +147,8 @@ def test_indices(host: Any, ask: Callable[..., Any], ctx: dict[str, Any]) -> Non
     rules = host.file("/etc/ldap/slapd.conf").content_string
     indexed = {name for line in rules.splitlines() if line.startswith("index ") for name in line.split()[1].split(",")}
     assert {"objectClass", "uid", "mail", "mailLocalAddress", "mailHost", "entryCSN", "entryUUID"} <= indexed
-    started = time.monotonic()
     for name in ("uid", "mail", "mailLocalAddress"):
         assert ask(f"({name}=nobody@{ctx['site']['domain']})", "1.1", user="nobody", uri=LOCAL).rc == 0
-    assert time.monotonic() - started < 5
 
 
 def test_a_search_for_everything_is_cut_short(ask: Callable[..., Any], ctx: dict[str, Any]) -> None:
