@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ARRIVES
 
 from posthouse import run, secrets
 from posthouse.ops.backup import stands
@@ -282,7 +283,7 @@ def test_unnoticed(site, platform, posthouse, people, friend):
         while backup.poll() is None:
             message = letter(SENDER, people.dave.address)
             assert client.transaction(SENDER, people.dave.address, message.data).code == 250
-            eventually(lambda m=message: imap.messages(m.id), 60, "the message, while a backup is made")
+            eventually(lambda m=message: imap.messages(m.id), ARRIVES, "the message, while a backup is made")
             sent += 1
     assert backup.returncode == 0
     assert sent >= 3
@@ -400,5 +401,5 @@ def test_queue(site, nodes, posthouse, world):
     assert json.loads(posthouse(*queue, "--check"))["messages"]["outbound"] == 1
     assert not world.to(recipient)
     assert json.loads(posthouse(*queue))["messages"]["outbound"] == 1
-    eventually(lambda: world.to(recipient), 60, "the message that waited")
+    eventually(lambda: world.to(recipient), ARRIVES, "the message that waited")
     assert json.loads(posthouse(*queue))["messages"]["outbound"] == 0

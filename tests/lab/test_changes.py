@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import ARRIVES
 
 from posthouse import render, run, sitefile
 from posthouse.probe.clients import Smtp, eventually, letter
@@ -92,7 +93,7 @@ def test_quota_refused(platform, friend, full, world, changed_line):
     straw = letter(sender, full.address, "\n".join(["z" * 70] * 6_000))
     with Smtp(platform, source=friend) as client:
         assert client.transaction(sender, full.address, straw.data).code == 250
-    bounce = eventually(lambda: world.to(sender), 60, "the bounce")[0]
+    bounce = eventually(lambda: world.to(sender), ARRIVES, "the bounce")[0]
     assert straw.id.encode() in bounce.data
     assert b"5.2.2" in bounce.data
 

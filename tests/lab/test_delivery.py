@@ -8,6 +8,7 @@ from email.message import EmailMessage
 from email.policy import SMTP
 
 import pytest
+from conftest import ARRIVES
 
 from posthouse.probe.clients import Imap, Letter, Pop, Smtp, assert_intact, digest, eventually, header, letter
 
@@ -33,7 +34,7 @@ def arrives(platform):
     def look(person, message: Letter, folder: str = "INBOX") -> bytes:
         with Imap(platform, person) as imap:
             what = f"{message.id} in {folder} of {person.address}"
-            found = eventually(lambda: imap.messages(message.id, folder), 20, what)
+            found = eventually(lambda: imap.messages(message.id, folder), ARRIVES, what)
         assert len(found) == 1
         assert_intact(message.data, found[0])
         if folder == "INBOX":
@@ -141,7 +142,7 @@ def test_forward_outside(send, people, world):
     """A message to an account that forwards to the outside leaves, unchanged"""
     message = letter(SENDER, people.traveller.address)
     send(people.traveller.address, message)
-    arrival = eventually(lambda: world.to(people.elsewhere), 60, "the forwarded message outside")[0]
+    arrival = eventually(lambda: world.to(people.elsewhere), ARRIVES, "the forwarded message outside")[0]
     assert header(arrival.data, "Message-ID") == [message.id]
     assert digest(arrival.data) == digest(message.data)
 

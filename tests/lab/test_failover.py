@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import settled
+from conftest import ARRIVES, settled
 
 from posthouse import lab, run, secrets
 from posthouse.ops import failover
@@ -235,7 +235,7 @@ def test_not_acknowledged(platform, nodes, friend, people, site, home):
         with Smtp(platform, source=friend) as client:
             assert client.transaction(SENDER, people.bob.address, message.data).code == 250
         with Imap(platform, people.bob) as imap:
-            eventually(lambda: imap.messages(message.id), 60, "the message in the mailbox")
+            eventually(lambda: imap.messages(message.id), ARRIVES, "the message in the mailbox")
         # Postfix still has it, for as long as the replica counts as one that could take over.
         while people.bob.address in "".join(nodes.each("mx", "postqueue -j").values()):
             time.sleep(0.2)

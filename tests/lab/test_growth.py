@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Nodes, as_operator
+from conftest import ARRIVES, Nodes, as_operator
 from test_changes import main_pids
 
 from posthouse import lab, secrets, sitefile
@@ -320,7 +320,7 @@ def test_rebuild(own):
         with Imap(platform, person) as imap:
             found = imap.messages(folder="Archive")
             assert sorted(map(digest, found)) == sorted(digest(message.data) for message in letters)
-            eventually(lambda: imap.messages(new.id), 60, "new mail in the mailbox")
+            eventually(lambda: imap.messages(new.id), ARRIVES, "new mail in the mailbox")
     eventually(lambda: replicated(nodes, store, new.id), 60, "the new message on the rebuilt node and on its peer")
 
 

@@ -10,6 +10,7 @@ import time
 import uuid
 
 import pytest
+from conftest import ARRIVES
 
 from posthouse.probe.clients import Imap, Person, Pop, Sieve, Smtp, eventually, header, letter
 
@@ -105,9 +106,9 @@ def test_vacation(platform, friend, people, world):
         with Smtp(platform, source=friend) as client:
             assert client.transaction(sender, people.vera.address, message.data).code == 250
         with Imap(platform, people.vera) as imap:
-            eventually(lambda i=message.id: imap.messages(i), 60, "the message to who is away")
+            eventually(lambda i=message.id: imap.messages(i), ARRIVES, "the message to who is away")
     # The answer to the other sender, whose message came last, shows that all answers are out.
-    eventually(lambda: world.to(second), 60, "the vacation's answer")
+    eventually(lambda: world.to(second), ARRIVES, "the vacation's answer")
     answers = world.to(first)
     assert len(answers) == 1
     assert header(answers[0].data, "Subject") == ["Away"]
@@ -120,7 +121,7 @@ def test_quota(platform, nodes, friend, people, full):
     with Smtp(platform, source=friend) as client:
         assert client.transaction(SENDER, [full.address, people.bob.address], straw.data).code == 250
     with Imap(platform, people.bob) as imap:
-        eventually(lambda: imap.messages(straw.id), 60, "the same message to another user")
+        eventually(lambda: imap.messages(straw.id), ARRIVES, "the same message to another user")
     # Put off, as the site says; its sender hears of it only when it has waited for days.
     eventually(lambda: "quota" in str(nodes.waiting_for(full.address)).lower(), 60, "the message in a queue, put off")
     with Imap(platform, full) as imap:

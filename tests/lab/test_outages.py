@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from conftest import ARRIVES
 
 from posthouse import lab
 from posthouse.probe.clients import Imap, Smtp, eventually, letter
@@ -43,7 +44,7 @@ def sent_at_last(platform, friend, person, message) -> None:
     """A sender who was put off tries again, and the message arrives, once."""
     eventually(lambda: try_to_send(platform, friend, person.address, message).code == 250, 60, "250 after the outage")
     with Imap(platform, person) as imap:
-        assert len(eventually(lambda: imap.messages(message.id), 20, message.id)) == 1
+        assert len(eventually(lambda: imap.messages(message.id), ARRIVES, message.id)) == 1
 
 
 def test_no_directory(platform, nodes, friend, people, site):
@@ -87,7 +88,7 @@ def test_no_store(platform, nodes, friend, people, world):
                 assert try_to_send(platform, friend, person.address, message).code == 250
                 ledger.note(message, person.address)
         with Imap(platform, people.bob) as imap:
-            eventually(lambda: imap.messages(message.id), 60, "mail to the other store")
+            eventually(lambda: imap.messages(message.id), ARRIVES, "mail to the other store")
     nodes.flush(people.alice.address)
     assert_all_there(ledger, platform, nodes, [people.alice, people.bob], world)
 
@@ -133,7 +134,7 @@ def test_provider_lost(platform, nodes, friend, people, world, site, posthouse):
             message = letter(SENDER, new)
             eventually(lambda: try_to_send(platform, friend, new, message).code == 250, 60, "250 for the new alias")
             with Imap(platform, people.bob) as imap:
-                eventually(lambda: imap.messages(message.id), 60, "mail to an alias that was made meanwhile")
+                eventually(lambda: imap.messages(message.id), ARRIVES, "mail to an alias that was made meanwhile")
         finally:
             lab.start(site.name, lost)
         eventually(lambda: nodes.serving(lost), 60, f"{lost} serving again")
@@ -175,7 +176,7 @@ def test_balancer_lost(platform, nodes, friend, people, site):
         message = letter(SENDER, people.bob.address)
         assert try_to_send(platform, friend, people.bob.address, message).code == 250
         with Imap(platform, people.bob) as imap:
-            eventually(lambda: imap.messages(message.id), 60, message.id)
+            eventually(lambda: imap.messages(message.id), ARRIVES, message.id)
     finally:
         lab.start(site.name, holders[0])
     eventually(lambda: nodes.serving(holders[0]), 60, f"{holders[0]} serving again")

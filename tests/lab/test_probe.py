@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import settled
+from conftest import ARRIVES, settled
 
 from posthouse import lab, run
 from posthouse.probe.clients import Imap, Sieve, Smtp, eventually, letter
@@ -119,7 +119,7 @@ def test_tampered(platform, friend, people, site):
         ledger.note(message, people.dave.address)
     with Imap(platform, people.dave) as imap:
         for message in messages:
-            eventually(lambda m=message: imap.messages(m.id), 20, message.id)
+            eventually(lambda m=message: imap.messages(m.id), ARRIVES, message.id)
         assert check(ledger, site).complaints() == []
         lost, doubled, altered, _ = messages
         imap.select("INBOX")

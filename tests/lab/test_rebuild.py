@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ARRIVES
 
 from posthouse import lab, run, secrets
 from posthouse.mailboxes import Mailboxes
@@ -250,4 +251,4 @@ def _as_it_was(site: Any, nodes: Any, people: Any, world: Any, saved: Saved) -> 
             for node in (store.primary, *store.replicas)
         }
         assert len(set(copies.values())) == 1, copies
-    eventually(lambda: world.to(saved.waiting), 90, "the message that waited in a queue")
+    eventually(lambda: world.to(saved.waiting), ARRIVES, "the message that waited in a queue")

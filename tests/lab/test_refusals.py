@@ -7,6 +7,7 @@ from email.message import EmailMessage
 from email.policy import SMTP
 
 import pytest
+from conftest import ARRIVES
 
 from posthouse.probe.clients import Imap, Letter, Smtp, eventually, header, letter
 
@@ -57,12 +58,12 @@ def test_junk(platform, client, people):
     reply = client.transaction(SENDER, [people.alice.address, people.patient.address], message.data)
     assert reply.code == 250, reply
     with Imap(platform, people.alice) as imap:
-        junk = eventually(lambda: imap.messages(plain.id, "Junk"), 60, "the message in Junk")
+        junk = eventually(lambda: imap.messages(plain.id, "Junk"), ARRIVES, "the message in Junk")
         assert imap.messages(plain.id) == []
     score = float(header(junk[0], "X-Spam-Score")[0])
     assert platform.site.accounts.spam_threshold <= score < people.patience, score
     with Imap(platform, people.patient) as imap:
-        eventually(lambda: imap.messages(plain.id), 60, "the message in the patient user's inbox")
+        eventually(lambda: imap.messages(plain.id), ARRIVES, "the message in the patient user's inbox")
 
 
 def test_false_score(platform, client, people):
@@ -70,7 +71,7 @@ def test_false_score(platform, client, people):
     message = letter(SENDER, people.alice.address, X_Spam_Score="99.0", X_Spam_Level="*" * 50)
     assert client.transaction(SENDER, people.alice.address, message.data).code == 250
     with Imap(platform, people.alice) as imap:
-        got = eventually(lambda: imap.messages(message.id), 60, "the message in the inbox")[0]
+        got = eventually(lambda: imap.messages(message.id), ARRIVES, "the message in the inbox")[0]
     assert [float(score) < 5 for score in header(got, "X-Spam-Score")] == [True]
 
 
@@ -140,6 +141,6 @@ def test_smuggling(platform, friend, people):
         assert [reply[:3] for reply in replies] in (["250", "221"], ["521"], ["550", "221"]), (end, replies)
         with Imap(platform, people.carol) as imap:
             if replies[0].startswith("250"):
-                eventually(lambda i=imap, o=outer: i.messages(o.id), 60, "the outer message")
+                eventually(lambda i=imap, o=outer: i.messages(o.id), ARRIVES, "the outer message")
             # Looked for by its header, so the text inside the outer message does not count.
             assert imap.messages(inner.id) == []

@@ -6,6 +6,7 @@ import smtplib
 
 import dkim
 import pytest
+from conftest import ARRIVES
 
 from posthouse.probe.clients import Imap, Smtp, digest, eventually, header, letter
 
@@ -31,7 +32,7 @@ def test_inside(platform, home, people, port):
     with Smtp(platform, port, home, people.alice) as client:
         assert client.transaction(people.alice.address, people.bob.address, message.data).code == 250
     with Imap(platform, people.bob) as imap:
-        got = eventually(lambda: imap.messages(message.id), 60, "the submitted message")
+        got = eventually(lambda: imap.messages(message.id), ARRIVES, "the submitted message")
     assert len(got) == 1
     assert signed_by(platform, got[0], platform.site.domain)
     assert digest(got[0]) == digest(message.data)
@@ -44,7 +45,7 @@ def test_outside(platform, home, people, world, port):
     message = letter(people.bob.address, recipient)
     with Smtp(platform, port, home, people.bob) as client:
         assert client.transaction(people.bob.address, recipient, message.data).code == 250
-    arrival = eventually(lambda: world.to(recipient), 60, "the submitted message outside")[0]
+    arrival = eventually(lambda: world.to(recipient), ARRIVES, "the submitted message outside")[0]
     assert header(arrival.data, "Message-ID") == [message.id]
     assert digest(arrival.data) == digest(message.data)
     assert signed_by(platform, arrival.data, platform.site.domain)
