@@ -11,7 +11,7 @@ PROGRAM = r"""
 import json, re, socket, ssl, sys
 address, port, tls, proxy, lines = json.loads(sys.argv[1])
 end = re.compile(rb"(\d\d\d |\+OK|-ERR|\* OK|\w+ (OK|NO|BAD)\b|(OK|NO|BYE)\b)")
-plain = socket.create_connection((address, port), 15)
+plain = socket.create_connection((address, port), 60)
 if proxy:
     plain.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 40000 %d\r\n" % port)
 unchecked = ssl._create_unverified_context()

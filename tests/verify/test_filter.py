@@ -18,7 +18,7 @@ NEGOTIATE = """
 import json, socket, struct, sys
 answers = {}
 for port in sys.argv[1:]:
-    with socket.create_connection(("127.0.0.1", int(port)), 10) as connection:
+    with socket.create_connection(("127.0.0.1", int(port)), 60) as connection:
         packet = b"O" + struct.pack(">III", 6, 0x1FF, 0x1FFFFF)
         connection.sendall(struct.pack(">I", len(packet)) + packet)
         answers[port] = connection.makefile("rb").read(5)[4:].decode()
@@ -81,7 +81,7 @@ def test_workers_are_there(host: Any) -> None:
 def test_the_directory_answers(host: Any, ctx: dict[str, Any]) -> None:
     """As the filter's user: addresses can be looked up, passwords cannot."""
     search = (
-        "use Net::LDAP; my $l = Net::LDAP->new('ldapi://%2Frun%2Fslapd%2Fldapi', timeout => 5) or die $@; "
+        "use Net::LDAP; my $l = Net::LDAP->new('ldapi://%2Frun%2Fslapd%2Fldapi', timeout => 60) or die $@; "
         "my $r = $l->search(base => $ARGV[0], filter => '(userPassword=*)', sizelimit => 1, "
         "attrs => ['userPassword']); "
         "die $r->error if $r->code; print $r->count"

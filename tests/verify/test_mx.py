@@ -16,7 +16,7 @@ class Client(smtplib.SMTP):
         connection = socket.create_connection((host, port), timeout)
         connection.sendall(b"PROXY TCP4 127.0.0.1 127.0.0.1 40000 25\\r\\n")
         return connection
-client = Client("127.0.0.1", 25, local_hostname="verify.invalid", timeout=20)
+client = Client("127.0.0.1", 25, local_hostname="verify.invalid", timeout=60)
 client.ehlo()
 features = sorted(client.esmtp_features)
 banner_name, own, foreign, unknown = sys.argv[1], "nobody-has-this-address@" + sys.argv[2], "someone@example.org", {}
@@ -119,7 +119,7 @@ def test_block_lists_answer(host: Any, ctx: dict[str, Any]) -> None:
 def test_stores_take_mail_over_verified_tls(host: Any, ctx: dict[str, Any]) -> None:
     for store in ctx["stores"]:
         result = host.run(
-            "posttls-finger -S -c -T 10 -l secure -F /etc/ssl/posthouse/ca.pem -o dnssec_probe= "
+            "posttls-finger -S -c -T 60 -l secure -F /etc/ssl/posthouse/ca.pem -o dnssec_probe= "
             "-o smtp_host_lookup=native -o smtp_dns_support_level=disabled %s", f"[{store['host']}]:24"
         )  # fmt: skip
         assert "Verified TLS connection established" in result.stdout + result.stderr, result.stdout + result.stderr

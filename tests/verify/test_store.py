@@ -67,7 +67,7 @@ def test_instances_run_and_come_back(host: Any, node_stores: list[Variables]) ->
 def test_every_listener_greets_as_its_protocol_wants(host: Any, node_stores: list[Variables]) -> None:
     """Cyrus gives up on a listener whose processes failed five times, and goes on without it."""
     for store in node_stores:
-        host.run_expect([0], f"/usr/local/lib/posthouse/store-ready {store['name']}")
+        host.run_expect([0], f"/usr/local/lib/posthouse/store-ready {store['name']} 60")
 
 
 def test_instances_listen_on_their_own_addresses_alone(host: Any, ctx: Variables, node_stores: list[Variables]) -> None:
@@ -120,6 +120,7 @@ def test_etcd_is_sound_and_for_store_nodes_alone(host: Any, ctx: Variables) -> N
         return
     where = f"https://{members[ctx['node']['name']]}:2379"
     certificate = "--cert /etc/ssl/posthouse/node.pem --key /etc/ssl/posthouse/node.key"
+    certificate += " --dial-timeout 30s --command-timeout 30s"
     ask = f"ETCDCTL_API=3 etcdctl --endpoints {where} --cacert /etc/ssl/posthouse/ca.pem"
     listed = host.check_output(f"{ask} {certificate} member list")
     assert {line.split(", ")[2] for line in listed.splitlines()} == set(members)
@@ -197,7 +198,7 @@ def test_replica_talks_to_nodes_of_this_site_alone(host: Any, ctx: Variables, re
     for store in replicas:
         where = f"-connect {ctx['node']['address']}:{store['replication_port']} -quiet"
         with_certificate = "-cert /etc/ssl/posthouse/node.pem -key /etc/ssl/posthouse/node.key"
-        command = f"printf 'a LOGOUT\\r\\n' | timeout 10 openssl s_client {where}"
+        command = f"printf 'a LOGOUT\\r\\n' | timeout 30 openssl s_client {where}"
         assert "* OK" in host.run(f"{command} {with_certificate}").stdout
         assert "* OK" not in host.run(command).stdout
 

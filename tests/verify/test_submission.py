@@ -56,7 +56,7 @@ def test_rates_are_counted(host: Any, ctx: Variables) -> None:
         in host.file("/etc/postfwd/rules.cf").content_string
     )
     question = r"exec 3<>/dev/tcp/127.0.0.1/10040; printf 'request=smtpd_access_policy\nprotocol_state=DATA\n\n' >&3"
-    asked = f'timeout 10 bash -c "{question}; head -n 1 <&3"'
+    asked = f'timeout 60 bash -c "{question}; head -n 1 <&3"'
     assert host.check_output(asked).strip() == "action=DUNNO"
 
 
