@@ -155,6 +155,17 @@ class Nodes:
             time.sleep(1)
 
 
+@pytest.fixture
+def promised(request: pytest.FixtureRequest) -> Callable[[str, float, float], None]:
+    """Says how many seconds something took; with --full, on a quiet machine, that must be what is promised."""
+
+    def judge(what: str, seconds: float, limit: float) -> None:
+        print(f"{what} after {seconds:.1f} s")
+        assert seconds <= limit or not request.config.getoption("--full"), f"{what} after {seconds:.1f} s"
+
+    return judge
+
+
 def settled(site: Any) -> dict[str, failover.State]:
     """Waits until every store is served, and has a replica that could take over."""
 

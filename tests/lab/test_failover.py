@@ -243,7 +243,7 @@ def test_not_acknowledged(platform, nodes, friend, people, site, home):
     settled(site)
 
 
-def test_cut_off(platform, nodes, people, site, home):
+def test_cut_off(platform, nodes, people, site, home, promised):
     """A primary that is cut off stops serving by itself before another starts: never two of them"""
     store = site.stores[people.carol.store]
     old, new = home[store.name].primary, home[store.name].in_sync[0]
@@ -261,14 +261,14 @@ def test_cut_off(platform, nodes, people, site, home):
         while not holds(new):
             assert time.monotonic() - started < 60, f"{new} did not take over"
         assert not holds(old)
-        print(f"served again after {until_served(platform, people.carol, started):.1f} s")
+        promised("served again", until_served(platform, people.carol, started), BACK)
         role = nodes.run(old, f"readlink /etc/cyrus/{store.name}/now")
         assert role.strip() == "replica"
     finally:
         nodes.run(old, "nft delete table inet cut")
 
 
-def test_keeper_hangs(platform, nodes, people, site, home):
+def test_keeper_hangs(platform, nodes, people, site, home, promised):
     """A keeper that hangs takes its store with it, and the store is served again"""
     store = people.alice.store
     primary = home[store].primary
@@ -277,7 +277,7 @@ def test_keeper_hangs(platform, nodes, people, site, home):
     started = time.monotonic()
     nodes.run(primary, f"systemctl kill --signal=STOP {unit}")
     eventually(lambda: nodes.run(primary, f"systemctl show -P MainPID cyrus@{store}") != before, 60, "an end of it")
-    print(f"served again after {until_served(platform, people.alice, started):.1f} s")
+    promised("served again", until_served(platform, people.alice, started), BACK)
     assert len([node for node in nodes.of("store") if _holds(nodes, site.stores[store], node)]) == 1
 
 
