@@ -18,14 +18,12 @@ from rich.table import Table
 from posthouse import run, secrets
 from posthouse.account_import import Imported, import_file
 from posthouse.accounts import Accounts, Outcome
+from posthouse.options import Check, Json, SiteOption
 from posthouse.sitefile import load
 
 app = typer.Typer(help="Manage accounts: directory entry, mailbox and default Sieve script.", no_args_is_help=True)
 
-SiteName = Annotated[str, typer.Option("--site", metavar="SITE", help="A folder in inventory/.")]
 Address = Annotated[str, typer.Argument(help="The account: its full address.")]
-Check = Annotated[bool, typer.Option("--check", help="Say what would change; change nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Stdin = Annotated[bool, typer.Option("--password-stdin", help="Read the password from standard input, one line.")]
 Several = Annotated[list[str] | None, typer.Option(metavar="ADDRESS", help="Repeatable.")]
 
@@ -59,7 +57,7 @@ def _password(from_stdin: bool) -> str | None:
 @app.command()
 def add(
     address: Address,
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     name: Annotated[str | None, typer.Option(help="The person's name.")] = None,
     quota: Annotated[int | None, typer.Option(help="MiB; 0 is without limit.")] = None,
     store: Annotated[
@@ -91,7 +89,7 @@ def add(
 
 
 @app.command()
-def show(address: Address, site: SiteName = "lab", as_json: Json = False) -> None:
+def show(address: Address, site: SiteOption = "lab", as_json: Json = False) -> None:
     """Show an account, and how much mail it holds."""
     with opened(site) as accounts:
         data = accounts.show(address)
@@ -105,7 +103,7 @@ def show(address: Address, site: SiteName = "lab", as_json: Json = False) -> Non
 
 @app.command("list")
 def list_accounts(
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     match: Annotated[str | None, typer.Option(help="A part of the address or the name.")] = None,
     store: Annotated[str | None, typer.Option(help="Only those on this store.")] = None,
     status: Annotated[str | None, typer.Option(help="Only those that are active, or suspended.")] = None,
@@ -125,7 +123,11 @@ def list_accounts(
 
 @app.command()
 def passwd(
-    address: Address, site: SiteName = "lab", password_stdin: Stdin = False, check: Check = False, as_json: Json = False
+    address: Address,
+    site: SiteOption = "lab",
+    password_stdin: Stdin = False,
+    check: Check = False,
+    as_json: Json = False,
 ) -> None:
     """Set a password. Without --password-stdin one is generated and shown once."""
     with opened(site) as accounts:
@@ -136,7 +138,7 @@ def passwd(
 @app.command()
 def alias(
     address: Address,
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     add: Several = None,
     remove: Several = None,
     check: Check = False,
@@ -151,7 +153,7 @@ def alias(
 @app.command()
 def forward(
     address: Address,
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     to: Several = None,
     only: Annotated[bool, typer.Option("--only", help="Keep no copy.")] = False,
     check: Check = False,
@@ -167,7 +169,7 @@ def forward(
 def quota(
     address: Address,
     mib: Annotated[int, typer.Argument(metavar="MIB", help="0 is without limit.")],
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     check: Check = False,
     as_json: Json = False,
 ) -> None:
@@ -181,7 +183,7 @@ def quota(
 def spam(
     address: Address,
     points: Annotated[int | None, typer.Argument(help="Without it, the site's default.")] = None,
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     check: Check = False,
     as_json: Json = False,
 ) -> None:
@@ -192,7 +194,7 @@ def spam(
 
 
 @app.command()
-def suspend(address: Address, site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
+def suspend(address: Address, site: SiteOption = "lab", check: Check = False, as_json: Json = False) -> None:
     """Refuse an account's logins; its mail is still delivered."""
     with opened(site) as accounts:
         outcome = accounts.suspend(address, check)
@@ -200,7 +202,7 @@ def suspend(address: Address, site: SiteName = "lab", check: Check = False, as_j
 
 
 @app.command()
-def resume(address: Address, site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
+def resume(address: Address, site: SiteOption = "lab", check: Check = False, as_json: Json = False) -> None:
     """Take a suspension back."""
     with opened(site) as accounts:
         outcome = accounts.resume(address, check)
@@ -208,7 +210,7 @@ def resume(address: Address, site: SiteName = "lab", check: Check = False, as_js
 
 
 @app.command()
-def delete(address: Address, site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
+def delete(address: Address, site: SiteOption = "lab", check: Check = False, as_json: Json = False) -> None:
     """Remove an account; its store keeps the mailbox aside for some days."""
     with opened(site) as accounts:
         outcome = accounts.delete(address, check)
@@ -220,7 +222,7 @@ def import_accounts(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="CSV; see docs/accounts.md.")
     ],
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     check: Check = False,
     as_json: Json = False,
 ) -> None:

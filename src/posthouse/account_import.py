@@ -186,7 +186,7 @@ def _number(column: str, text: str | None) -> int | None:
     if text is None:
         return None
     if not re.fullmatch(r"-?[0-9]{1,12}", text):
-        raise AccountError(f"{column}: {text!r} is not a whole number")
+        raise AccountError(f"{column}: {text!r} is not a whole number; write digits only")
     return int(text)
 
 

@@ -119,7 +119,7 @@ class Accounts:
 
     def show(self, address: str) -> dict[str, Any]:
         """An account's entry as a dict, with `used` (MiB of mail) from its store. Raises AccountError, StoreError."""
-        account = self._existing(address)
+        account = existing(self.site, self.directory, address)
         return asdict(account) | {"used": self._store(account.store).usage(account.address)[0]}
 
     def find(self, match: str | None = None, store: str | None = None, status: str | None = None) -> Iterator[Account]:
@@ -173,7 +173,7 @@ class Accounts:
 
     def passwd(self, address: str, password: str | None = None, check: bool = False) -> Outcome:
         """Sets a password; without one, one is generated and is in the outcome. Raises AccountError, DirectoryError."""
-        account = self._existing(address)
+        account = existing(self.site, self.directory, address)
         generated = None if password is not None else random.token_urlsafe(12)
         secret = self._checked_password(password if password is not None else generated or "")
         if not check:
@@ -182,9 +182,9 @@ class Accounts:
 
     def alias(self, address: str, add: Iterable[str] = (), remove: Iterable[str] = (), check: bool = False) -> Outcome:
         """Gives an account more addresses, and takes some away. Raises AccountError, AddressTaken, DirectoryError."""
-        account = self._existing(address)
-        new = {self._own(alias) for alias in add}
-        old = {self._own(alias) for alias in remove}
+        account = existing(self.site, self.directory, address)
+        new = {own(self.site, alias) for alias in add}
+        old = {own(self.site, alias) for alias in remove}
         if account.address in old:
             raise AccountError(f"{account.address} is the account's own address; only its aliases can be taken away")
         if new:
@@ -196,7 +196,7 @@ class Accounts:
 
         Raises AccountError, DirectoryError.
         """
-        account = self._existing(address)
+        account = existing(self.site, self.directory, address)
         targets = self._targets(to, {account.address, *account.aliases})
         if only and not targets:
             raise AccountError("to keep no copy, say where mail goes instead")
@@ -204,7 +204,7 @@ class Accounts:
 
     def quota(self, address: str, mib: int, check: bool = False) -> Outcome:
         """Limits an account's mailbox, in MiB; 0 is without limit. Raises AccountError, DirectoryError, StoreError."""
-        account = self._existing(address)
+        account = existing(self.site, self.directory, address)
         want = replace(account, quota=self._checked_quota(mib))
         mailboxes = self._store(account.store)
         outcome = self._change(account, want, check)
@@ -217,7 +217,7 @@ class Accounts:
 
     def spam(self, address: str, threshold: int | None, check: bool = False) -> Outcome:
         """Files mail from this many points on into Junk; None is the site's default. Raises as `quota` does."""
-        account = self._existing(address)
+        account = existing(self.site, self.directory, address)
         want = replace(account, spam_threshold=None if threshold is None else self._checked_threshold(threshold))
         # The script first: if it cannot be put in place, the directory does not say that it was.
         if not check and want != account:
@@ -229,12 +229,12 @@ class Accounts:
 
         Sessions that are open stay open. Raises AccountError, DirectoryError.
         """
-        account = self._existing(address)
+        account = existing(self.site, self.directory, address)
         return self._change(account, replace(account, status="suspended"), check)
 
     def resume(self, address: str, check: bool = False) -> Outcome:
         """Takes a suspension back. Raises AccountError, DirectoryError."""
-        account = self._existing(address)
+        account = existing(self.site, self.directory, address)
         return self._change(account, replace(account, status="active"), check)
 
     def delete(self, address: str, check: bool = False) -> Outcome:
@@ -243,7 +243,7 @@ class Accounts:
         Where the entry is gone already, a mailbox that was left behind is looked for on all stores and removed.
         Raises AccountError, DirectoryError, StoreError.
         """
-        address = self._own(address)
+        address = own(self.site, address)
         account = self.directory.get(address)
         steps = ["entry"] if account else []
         if account and not check:
@@ -255,7 +255,10 @@ class Accounts:
                 if not check:
                     mailboxes.delete(address)
         if not steps:
-            raise AccountError(f"no account {address}, nor a mailbox of it on any store; see: posthouse account list")
+            raise AccountError(
+                f"no account {address}, nor a mailbox of it on any store; "
+                f"see: posthouse account list --site {self.site.name}"
+            )
         return Outcome(address, tuple(f"remove the {step}" for step in steps))
 
     def bring(self, address: str, password: str, placement: Placement, check: bool = False, **given: Any) -> bool:
@@ -303,15 +306,6 @@ class Accounts:
         changes = (f"{n}: {_shown(before[n])} → {_shown(after[n])}" for n in after if before[n] != after[n])
         return Outcome(have.address, tuple(changes))
 
-    def _existing(self, address: str) -> Account:
-        address = self._own(address)
-        holder = self.directory.holders([address]).get(address)
-        if holder is None:
-            raise AccountError(f"no account {address}; see: posthouse account list")
-        if holder.address != address:
-            raise AccountError(f"{address} is an alias of {holder.address}; name that account")
-        return holder
-
     def _is_there(self, wish: Wish) -> bool:
         """Whether the wish has come true already. Raises AccountError, AddressTaken if it cannot any more."""
         addresses = [wish.address, *(wish.aliases or ())]
@@ -321,7 +315,10 @@ class Accounts:
             self._check_free(wish.address, addresses, taken)
             return False
         if differences := wish.differs(account):
-            raise AccountError(f"{wish.address} exists, with {'; '.join(differences)}; change it by: posthouse account")
+            raise AccountError(
+                f"{wish.address} exists, with {'; '.join(differences)}; "
+                "what changes an account is listed by: posthouse account --help"
+            )
         return True
 
     def _check_free(self, address: str, wanted: Iterable[str], taken: dict[str, Account]) -> None:
@@ -332,13 +329,13 @@ class Accounts:
                 )
 
     def _wish(self, address: str, **given: Any) -> Wish:
-        own = self._own(address)
+        address = own(self.site, address)
         aliases = given.pop("aliases")
         forward = given.pop("forward")
         if aliases is not None:
-            aliases = tuple(sorted({self._own(alias) for alias in aliases} - {own}))
+            aliases = tuple(sorted({own(self.site, alias) for alias in aliases} - {address}))
         if forward is not None:
-            forward = self._targets(forward, {own, *(aliases or ())})
+            forward = self._targets(forward, {address, *(aliases or ())})
         if given.get("forward_only") and not forward:
             raise AccountError("to keep no copy, say where mail goes instead")
         if given["name"] is not None:
@@ -349,7 +346,7 @@ class Accounts:
             self._checked_threshold(given["spam_threshold"])
         if given["store"] is not None:
             self._known_store(given["store"])
-        return Wish(own, aliases=aliases, forward=forward, **given)
+        return Wish(address, aliases=aliases, forward=forward, **given)
 
     def _account(self, wish: Wish, store: str) -> Account:
         return Account(
@@ -363,31 +360,21 @@ class Accounts:
             spam_threshold=wish.spam_threshold,
         )
 
-    def _own(self, text: str) -> str:
-        """An address in one of the site's domains, normalised. Raises AccountError."""
-        local, domain = _split(text)
-        local = local.lower()
-        if "+" in local:
-            raise AccountError(
-                f"{text!r}: '+' sets off a folder, as in name+folder@…; leave it out with what follows it"
-            )
-        if not LOCAL.fullmatch(local):
-            raise AccountError(f"{text!r}: before the @ may be letters, digits, and . _ - ' = between them, 64 at most")
-        if domain not in self.site.domains:
-            raise AccountError(f"{text!r}: {domain} is not a domain of this site ({', '.join(self.site.domains)})")
-        return f"{local}@{domain}"
-
     def _targets(self, addresses: Iterable[str], own: set[str]) -> tuple[str, ...]:
         """Where mail may be forwarded to, normalised. Raises AccountError."""
         targets = set()
         for text in addresses:
             local, domain = _split(text)
             if not FOREIGN_LOCAL.fullmatch(local):
-                raise AccountError(f"{text!r} is not an address that mail can be forwarded to")
+                raise AccountError(
+                    f"{text!r} is not an address that mail can be forwarded to; write it like name@example.com"
+                )
             # Only who owns a domain knows whether case matters before its @; here it does not.
             target = f"{local.lower() if domain in self.site.domains else local}@{domain}"
             if re.sub(r"\+.*@", "@", target) in own:
-                raise AccountError(f"{text!r} is the account's own address; forwarding to it would go round in circles")
+                raise AccountError(
+                    f"{text!r} is the account's own address; forwarding to it would go round in circles: leave it out"
+                )
             targets.add(target)
         return tuple(sorted(targets))
 
@@ -398,7 +385,7 @@ class Accounts:
                 f"password: shorter than {least} characters (accounts.password_length); take a longer one"
             )
         if not password.isprintable():
-            raise AccountError("password: has a control character in it; clients cannot send it")
+            raise AccountError("password: has a control character in it; clients cannot send it; take another one")
         return password
 
     def _checked_quota(self, mib: int) -> int:
@@ -426,6 +413,30 @@ class Accounts:
         return self._mailboxes[name]
 
 
+def own(site: Site, text: str) -> str:
+    """An address in one of the site's domains, normalised. Raises AccountError."""
+    local, domain = _split(text)
+    local = local.lower()
+    if "+" in local:
+        raise AccountError(f"{text!r}: '+' sets off a folder, as in name+folder@…; leave it out with what follows it")
+    if not LOCAL.fullmatch(local):
+        raise AccountError(f"{text!r}: before the @ may be letters, digits, and . _ - ' = between them, 64 at most")
+    if domain not in site.domains:
+        raise AccountError(f"{text!r}: {domain} is not a domain of this site ({', '.join(site.domains)})")
+    return f"{local}@{domain}"
+
+
+def existing(site: Site, directory: Directory, text: str) -> Account:
+    """The account of an address that somebody wrote. Raises AccountError, also where it is an alias of one."""
+    address = own(site, text)
+    holder = directory.holders([address]).get(address)
+    if holder is None:
+        raise AccountError(f"no account {address}; see: posthouse account list --site {site.name}")
+    if holder.address != address:
+        raise AccountError(f"{address} is an alias of {holder.address}; name that account")
+    return holder
+
+
 def _split(text: str) -> tuple[str, str]:
     """The two parts of an address, the domain in the form that DNS knows, in lower case. Raises AccountError."""
     local, at, domain = text.strip().rpartition("@")
@@ -439,7 +450,7 @@ def _split(text: str) -> tuple[str, str]:
     except UnicodeError:
         domain = ""
     if not DOMAIN.fullmatch(domain):
-        raise AccountError(f"{text!r}: what follows the @ is not a domain")
+        raise AccountError(f"{text!r}: what follows the @ is not a domain; write it like name@example.com")
     return local, domain
 
 

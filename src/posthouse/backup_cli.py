@@ -17,6 +17,7 @@ from posthouse.ops import drill as drills
 from posthouse.ops import restore
 from posthouse.ops.merge import Wanted
 from posthouse.ops.repository import Repository
+from posthouse.options import Check, Json, SiteName, SiteOption
 from posthouse.sitefile import load
 
 
@@ -34,10 +35,6 @@ class Default(TyperGroup):
 restore_app = typer.Typer(help="Bring back what a backup has and the site lacks.", no_args_is_help=True)
 app = typer.Typer(cls=Default, help="Back a site up, off its replicas, into its encrypted repository.")
 
-SiteName = Annotated[str, typer.Argument(metavar="SITE", help="A folder in inventory/.")]
-SiteOption = Annotated[str, typer.Option("--site", metavar="SITE", help="A folder in inventory/.")]
-Check = Annotated[bool, typer.Option("--check", help="Say what would change; change nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Address = Annotated[str, typer.Argument(help="The account: its full address.")]
 At = Annotated[
     str | None,

@@ -27,6 +27,7 @@ from posthouse import (
     provision_cli,
 )
 from posthouse.ops.steps import GOES_ON
+from posthouse.options import Check, Json, SiteName
 from posthouse.sitefile import load, refuse_foreign_macs
 
 app = typer.Typer(
@@ -52,9 +53,6 @@ app.command()(probe_cli.probe)
 app.command()(drift_cli.drift)
 node_cli.add_to(app)
 
-SiteName = Annotated[str, typer.Argument(metavar="SITE", help="A folder in inventory/.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, everything else on standard error.")]
-Check = Annotated[bool, typer.Option("--check", help="Say what would change; change nothing.")]
 Tier = Annotated[list[str] | None, typer.Option("--tier", help="Only this tier (repeatable).")]
 Limit = Annotated[str | None, typer.Option("--limit", metavar="NODES", help="Only these nodes: mail1,mail2 or mail*.")]
 

@@ -274,7 +274,9 @@ class Directory:
             raise AddressTaken(f"an account has one of these addresses already ({reason})") from None
         except ldap_errors.LDAPOperationResult as error:
             reason = f"{error.description} {error.message}".strip()
-            raise DirectoryError(f"the directory ({self._connection.server.host}) refused: {reason}") from None
+            raise DirectoryError(
+                f"the directory ({self._connection.server.host}) refused: {reason}; its log may say why"
+            ) from None
         except (ldap_errors.LDAPExceptionError, OSError) as error:
             host = self._connection.server.host
             self._connection = None
@@ -308,12 +310,18 @@ class Directory:
                 if connection.response:
                     self.provider = name
                     return connection
-                reasons.append(f"{name}: still being filled from another provider")
+                reasons.append(f"{name}: still being filled from another provider; run the command again later")
             except ldap_errors.LDAPInvalidCredentialsResult:
-                reasons.append(f"{name}: empty, or with another password for cn=accounts; run: posthouse deploy")
+                reasons.append(
+                    f"{name}: empty, or with another password for cn=accounts; run: posthouse deploy {self._site.name}"
+                )
             except (ldap_errors.LDAPExceptionError, OSError) as error:
                 foreign = "CERTIFICATE_VERIFY_FAILED" in str(error)
-                what = "its certificate is not of this site's CA; deployed with other secrets" if foreign else error
+                what = (
+                    "its certificate is not of this site's CA; put back the secrets that it was deployed with"
+                    if foreign
+                    else error
+                )
                 reasons.append(f"{name} ({node.address}:636): {what}")
         raise DirectoryError("no provider of the directory can be used: " + "; ".join(reasons))
 

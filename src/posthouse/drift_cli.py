@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from posthouse import secrets
+from posthouse.options import Json, SiteName
 from posthouse.sitefile import load
-
-SiteName = Annotated[str, typer.Argument(metavar="SITE", help="A folder in inventory/.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def drift(site: SiteName = "lab", as_json: Json = False) -> None:

@@ -12,11 +12,8 @@ from rich.table import Table
 
 from posthouse import run
 from posthouse.ops import failover as ops
+from posthouse.options import Check, Json, SiteOption
 from posthouse.sitefile import load
-
-SiteName = Annotated[str, typer.Option("--site", metavar="SITE", help="A folder in inventory/.")]
-Check = Annotated[bool, typer.Option("--check", help="Say what would change; change nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -41,7 +38,7 @@ def say(steps: list[ops.Step], as_json: bool, check: bool) -> None:
 
 def failover(
     store: Annotated[str, typer.Argument(help="The store.")],
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     to: Annotated[
         str | None, typer.Option(metavar="NODE", help="By default the first replica that is in sync.")
     ] = None,
@@ -60,7 +57,7 @@ def failover(
 
 def failback(
     store: Annotated[list[str] | None, typer.Argument(help="The stores.")] = None,
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     every: Annotated[bool, typer.Option("--all", help="All stores.")] = False,
     check: Check = False,
     as_json: Json = False,

@@ -14,18 +14,21 @@ from posthouse import run, secrets
 from posthouse.ops import rebalance as rebalancing
 from posthouse.ops.move import Move, Mover
 from posthouse.ops.relocation import PAUSE, Moved
+from posthouse.options import Check, Json, SiteOption, finite
 from posthouse.remote import Remote
 from posthouse.sitefile import load
 
-SiteName = Annotated[str, typer.Option("--site", metavar="SITE", help="A folder in inventory/.")]
-Check = Annotated[bool, typer.Option("--check", help="Say what would change; change nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Parallel = Annotated[int, typer.Option(min=1, max=32, help="Accounts at a time.")]
-Rate = Annotated[float | None, typer.Option(min=0.1, help="Accounts begun in a minute, at most.")]
+Rate = Annotated[float | None, typer.Option(min=0.1, callback=finite, help="Accounts begun in a minute, at most.")]
 Pause = Annotated[
     float,
     # A replica that is 8 s behind is struck off, and what waits here is not replicated.
-    typer.Option(min=1, max=7, help="Seconds for which an account's writing may wait; it stays if it takes more."),
+    typer.Option(
+        min=1,
+        max=7,
+        callback=finite,
+        help="Seconds for which an account's writing may wait; it stays if it takes more.",
+    ),
 ]
 
 console = Console(soft_wrap=True, highlight=False)
@@ -34,7 +37,7 @@ console = Console(soft_wrap=True, highlight=False)
 def move(
     accounts: Annotated[list[str], typer.Argument(metavar="ACCOUNT...", help="Full addresses.")],
     to: Annotated[str, typer.Option(metavar="STORE", help="Where they move to.")],
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     parallel: Parallel = 2,
     rate: Rate = None,
     pause: Pause = PAUSE,
@@ -45,7 +48,7 @@ def move(
     loaded = load(site)
     run.reach(loaded)
     mover = Mover(loaded, secrets.load(loaded), _progress, pause)
-    moves = mover.plan(dict.fromkeys(address.lower() for address in accounts), to)
+    moves = mover.plan(accounts, to)
     _act(mover, moves, parallel, rate, check, as_json)
 
 
@@ -61,7 +64,7 @@ def rebalance(
 ) -> None:
     """Move as few accounts as it takes to bring every store within a tenth of its share."""
     if by not in ("accounts", "bytes"):
-        raise rebalancing.RebalanceError(f"--by: {by!r} is neither accounts nor bytes")
+        raise rebalancing.RebalanceError(f"--by: {by!r}; write --by accounts or --by bytes")
     loaded = load(site)
     kept = secrets.load(loaded)
     stores, free = rebalancing.loads(loaded, kept, Remote(loaded), empty or ())

@@ -11,12 +11,10 @@ from rich.console import Console
 
 from posthouse import run
 from posthouse.model import Site
+from posthouse.options import Check, Json, SiteOption
 from posthouse.sitefile import load
 
 NodeName = Annotated[str, typer.Argument(metavar="NODE", help="The node.")]
-SiteName = Annotated[str, typer.Option("--site", metavar="SITE", help="A folder in inventory/.")]
-Check = Annotated[bool, typer.Option("--check", help="Show the plan; change nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -38,7 +36,7 @@ def operate(site: str, as_json: bool, operation: Callable[[Site], dict[str, Any]
 
 def drain(
     node: NodeName,
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     wait: Annotated[int, typer.Option(min=0, help="Seconds in which its sessions may end by themselves.")] = 60,
     check: Check = False,
     as_json: Json = False,
@@ -49,14 +47,14 @@ def drain(
     operate(site, as_json, lambda loaded: module.drain(loaded, node, check, wait))
 
 
-def undrain(node: NodeName, site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
+def undrain(node: NodeName, site: SiteOption = "lab", check: Check = False, as_json: Json = False) -> None:
     """Put a drained node back into service: its pools, and the stores that the site file gives it."""
     from posthouse.ops import drain as module
 
     operate(site, as_json, lambda loaded: module.undrain(loaded, node, check))
 
 
-def expand(node: NodeName, site: SiteName = "lab", check: Check = False, as_json: Json = False) -> None:
+def expand(node: NodeName, site: SiteOption = "lab", check: Check = False, as_json: Json = False) -> None:
     """Put a node more into service, while the others go on. Says what `rebalance` would do then."""
     from posthouse.ops import expand as module
 
@@ -65,7 +63,7 @@ def expand(node: NodeName, site: SiteName = "lab", check: Check = False, as_json
 
 def upgrade(
     nodes: Annotated[list[str] | None, typer.Argument(metavar="[NODE]...", help="By default all.")] = None,
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Do it to a copy of the site in a lab, first.")] = False,
     wait: Annotated[int, typer.Option(min=0, help="Seconds in which a node's sessions may end by themselves.")] = 60,
     check: Check = False,
@@ -84,7 +82,7 @@ def upgrade(
 
 def retire(
     node: NodeName,
-    site: SiteName = "lab",
+    site: SiteOption = "lab",
     wait: Annotated[int, typer.Option(min=0, help="Seconds in which its sessions may end by themselves.")] = 60,
     check: Check = False,
     as_json: Json = False,
@@ -109,11 +107,11 @@ def rebuild(
     from posthouse.ops import rebuild as of_node
     from posthouse.ops import rebuild_site
 
-    if node:
+    if node is not None:
         if at:
             raise typer.BadParameter("a node gets its data from its peers, as it is now; leave --at out")
-        operate(site or "lab", as_json, lambda loaded: of_node.rebuild(loaded, node, check, measure))
-    elif site:
+        operate("lab" if site is None else site, as_json, lambda loaded: of_node.rebuild(loaded, node, check, measure))
+    elif site is not None:
         operate(site, as_json, lambda loaded: rebuild_site.rebuild(loaded, at, check))
     else:
         raise typer.BadParameter("name the node, or with --site the site of which nothing is left")

@@ -17,28 +17,31 @@ from rich.progress import Progress
 from rich.table import Table
 
 from posthouse import run
+from posthouse.options import Json, SiteName, finite
 from posthouse.probe.clients import WORLD, Platform, World
 from posthouse.sitefile import load
 
 app = typer.Typer(help="The book of what was acknowledged, kept by `posthouse probe --record`.", no_args_is_help=True)
 
-SiteName = Annotated[str, typer.Argument(metavar="SITE", help="A folder in inventory/.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 SHOWN = 20  # findings of a kind; --json has all
 
 
 def probe(
     site: SiteName = "lab",
-    smtp: Annotated[float, typer.Option(min=0, help="Messages a second from the outside.")] = 0,
-    submission: Annotated[float, typer.Option(min=0, help="Messages a second that people hand in, by port 465.")] = 0,
-    imap: Annotated[float, typer.Option(min=0, help="IMAP logins a second.")] = 0,
-    pop: Annotated[float, typer.Option(min=0, help="POP3 logins a second.")] = 0,
-    sieve: Annotated[float, typer.Option(min=0, help="ManageSieve logins a second.")] = 0,
+    smtp: Annotated[float, typer.Option(min=0, callback=finite, help="Messages a second from the outside.")] = 0,
+    submission: Annotated[
+        float, typer.Option(min=0, callback=finite, help="Messages a second that people hand in, by port 465.")
+    ] = 0,
+    imap: Annotated[float, typer.Option(min=0, callback=finite, help="IMAP logins a second.")] = 0,
+    pop: Annotated[float, typer.Option(min=0, callback=finite, help="POP3 logins a second.")] = 0,
+    sieve: Annotated[float, typer.Option(min=0, callback=finite, help="ManageSieve logins a second.")] = 0,
     sessions: Annotated[int, typer.Option(min=0, max=500, help="IMAP sessions that stay open.")] = 0,
-    seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 60,
+    seconds: Annotated[float, typer.Option(min=1, callback=finite, help="How long.")] = 60,
     count: Annotated[int | None, typer.Option(min=1, help="At most so many of each kind.")] = None,
-    patience: Annotated[float, typer.Option(min=1, help="Seconds without an answer that count as a failure.")] = 20,
+    patience: Annotated[
+        float, typer.Option(min=1, max=60, callback=finite, help="Seconds without an answer that count as a failure.")
+    ] = 20,
     record: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Note every 250 there, for `ledger check`; added to.")
     ] = None,
@@ -113,7 +116,9 @@ def _outside(platform: Platform) -> Iterator[World | None]:
 def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `posthouse probe --record` wrote.")],
     site: Annotated[str, typer.Option("--site", metavar="SITE", help="A folder in inventory/.")] = "lab",
-    late: Annotated[float, typer.Option(min=0, help="Seconds from the 250 to the mailbox; more is late.")] = 60,
+    late: Annotated[
+        float, typer.Option(min=0, callback=finite, help="Seconds from the 250 to the mailbox; more is late.")
+    ] = 60,
     as_json: Json = False,
 ) -> None:
     """Find every message that was acknowledged: exactly once, as it was sent, in a mailbox, a queue or a bounce."""

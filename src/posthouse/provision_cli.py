@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from posthouse.model import Site
+from posthouse.options import Json, SiteName
 from posthouse.sitefile import load, refuse_foreign_macs
 
 app = typer.Typer(help="Install bare machines from the network.", no_args_is_help=True)
 
-SiteName = Annotated[str, typer.Argument(metavar="SITE", help="A folder in inventory/.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, everything else on standard error.")]
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 

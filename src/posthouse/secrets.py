@@ -58,7 +58,9 @@ class Secrets:
     def password(self, name: str) -> str:
         """One of them. Raises SecretsError if the secrets were made before anything asked for it."""
         if name not in self.data["passwords"]:
-            raise SecretsError(f"the site's secrets lack the password {name}; posthouse deploy adds what is missing")
+            raise SecretsError(
+                f"the site's secrets lack the password {name}; posthouse deploy SITE adds what is missing"
+            )
         return str(self.data["passwords"][name])
 
     @property
@@ -103,7 +105,9 @@ class Secrets:
         lacking = [name for name in names if name not in self.data["passwords"]]
         if lacking or not certificate:
             what = f"the password {lacking[0]}" if lacking else "a certificate"
-            raise SecretsError(f"{node.name}: the site's secrets lack {what}; posthouse deploy adds what is missing")
+            raise SecretsError(
+                f"{node.name}: the site's secrets lack {what}; posthouse deploy SITE adds what is missing"
+            )
         return {
             "secrets": {name: self.data["passwords"][name] for name in names},
             "tls": {"ca": self.ca_cert, "cert": certificate["cert"], "key": certificate["key"]},
@@ -171,7 +175,7 @@ def note_host_key(site: Site, node: Node, public: str) -> None:
     try:
         serialization.load_ssh_public_key(" ".join(words[:2]).encode())
     except (ValueError, UnsupportedAlgorithm):
-        raise SecretsError(f"{node.name}: what it reported is no host key") from None
+        raise SecretsError(f"{node.name}: what it reported is no host key; install it anew") from None
     _change_host_key(site, node, {"public": f"{words[0]} {words[1]} {node.fqdn}"})
 
 

@@ -24,7 +24,9 @@ PLANS = {
     "upgrade": lambda site, have, case: upgrade.plan(
         site, have, case["nodes"], case["updates"], "now", case.get("rehearsed")
     ),
-    "rebuild": lambda site, have, case: rebuild.plan(site, have, case["node"], case.get("sizes", {})),
+    "rebuild": lambda site, have, case: rebuild.plan(
+        site, have, case["node"], case.get("sizes", {}), case.get("waiting", 0)
+    ),
     "rebuild_site": lambda site, have, case: rebuild_site.plan(site, have, "20261126T020000Z", case["parts"]),
 }
 POOLS = {"smtp": "mx", "submission": "submission", "imaps": "access"}

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from posthouse import account_import, accounts
-from posthouse.accounts import AccountError, Accounts, Placement, Wish
+from posthouse.accounts import AccountError, Accounts, Placement, Wish, own
 from posthouse.directory import Account
 from posthouse.model import Store
 from posthouse.secrets import Secrets
@@ -39,7 +39,7 @@ def stores(**weights: float) -> list[Store]:
     ],
 )
 def test_own_address(desk: Accounts, written: str, meant: str) -> None:
-    assert desk._own(written) == meant
+    assert own(desk.site, written) == meant
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_own_address(desk: Accounts, written: str, meant: str) -> None:
 )
 def test_own_address_refused(desk: Accounts, written: str, reason: str) -> None:
     with pytest.raises(AccountError, match=reason):
-        desk._own(written)
+        own(desk.site, written)
 
 
 def test_forwarding(desk: Accounts) -> None:

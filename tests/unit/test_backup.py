@@ -21,7 +21,7 @@ from posthouse.ops import drill, entries, past, repository, restore
 from posthouse.ops.backup import Backup, Part, Standing, choose, examine, kept, prune
 from posthouse.ops.backup import backup as make_backup
 from posthouse.ops.backup import plan as backup_plan
-from posthouse.ops.imap import Folder, Message, Session, batches, numbers, pairs, parsed
+from posthouse.ops.imap import Folder, Message, Session, batches, literal, numbers, pairs, parsed
 from posthouse.ops.merge import Wanted, plan, wire
 from posthouse.ops.repository import BackupError, Repository, Shut
 from posthouse.secrets import Secrets
@@ -189,6 +189,41 @@ def test_responses_are_parsed_with_literals_and_quotes() -> None:
     assert pairs(values) == wanted
 
 
+class Recorded(Session):
+    """A session that answers a command with what a test says, and keeps what it was asked."""
+
+    def __init__(self, **answers: list[Any]) -> None:
+        self.answers, self.asked = answers, []  # type: ignore[var-annotated]
+
+    def _enter(self, folder: str, readonly: bool = True) -> None:
+        pass
+
+    def ask(self, name: str, command: str, *arguments: str | bytes) -> list[Any]:
+        self.asked.append((command, *arguments))
+        return self.answers[name]
+
+
+def test_a_message_id_is_that_of_one_message_and_not_part_of_anothers() -> None:
+    def entry(uid: bytes, identifier: bytes) -> list[Any]:
+        return [b"UID", uid, b"ENVELOPE", [*[b"NIL"] * 9, identifier]]
+
+    answer = [b"1", entry(b"7", b"<11@example.net>"), b"2", entry(b"9", b"<1@example.net>")]
+    for written in ("<1@example.net>", "1@example.net", " <1@example.net> "):
+        session = Recorded(SEARCH=[b"7", b"9"], FETCH=answer)
+        assert session.having("INBOX", written) == [9]
+        assert session.asked[0][-1] == '"1@example.net"'
+        assert session.asked[1][2] == b"7,9"
+
+
+@pytest.mark.parametrize("value", ["Büro".encode(), b'say "hi" \\', b"\xff\x00"])
+def test_annotations_hold_any_bytes(value: bytes) -> None:
+    assert literal("(/private/comment", value, ")") == b"(/private/comment {%d+}\r\n" % len(value) + value + b")"
+    session: Any = Recorded(OK=[], FETCH=[])
+    noted = Message(1, "", (), "", 1, (("/comment", "value.priv", value),))
+    session._annotate("INBOX", [(noted, b"")], b"[APPENDUID 1 4] OK")
+    assert session.asked[-1][-1].endswith(value + b"))")
+
+
 def test_batches_and_uids() -> None:
     large = [Message(n, "", (), "", 5 * 2**20) for n in range(3)]
     assert [len(batch) for batch in batches(large)] == [1, 1, 1]
@@ -233,9 +268,16 @@ def test_entries_of_a_backup() -> None:
     assert entries.of_account(LDIF, "c@lab.test") is None
 
 
+def test_an_entry_is_found_by_a_name_that_slapd_escapes() -> None:
+    ldif = LDIF.replace(b"uid=b@lab.test,", b"uid=b\\3Dc@lab.test,")
+    assert entries.of_account(ldif, "b=c@lab.test") == entries.of_account(LDIF, "b@lab.test")
+
+
 def test_entries_come_back_and_stay_where_their_mail_is() -> None:
     want = entries.accounts(LDIF)
     have = {"a@lab.test": ("dn", want["a@lab.test"][1] | {"cn": [b"new"], "mailHost": [b"s02.lab.test"], "sn": [b"x"]})}
+    # A move that has something left to do goes by what is there, and not by what was when the backup was made.
+    have["a@lab.test"][1]["posthouseMovedFrom"] = [b"s01 1"]
     missing, changed = entries.plan(have, want)
     assert [address for address, _, _ in missing] == ["b@lab.test"]
     assert [attributes for _, _, attributes in changed] == [{"cn": ["ä".encode()], "sn": []}]
@@ -249,6 +291,14 @@ def test_a_drill_counts_message_by_message() -> None:
 
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
+
+
+def test_a_drill_in_which_little_comes_back_has_failed() -> None:
+    came: Any = {"s01": {"a": {"INBOX": {"x": 1}}}}
+    live: Any = {"s01": {"a": {"INBOX": {"x": 1, "y": 1, "z": 1}}}}
+    data = {"live": live, "restored": {"mail": came, "damaged": 0}}
+    assert drill.report("b", NOW, NOW, {}, "", data, 3)["failed"] == "1 messages came back, and the backup has 3"
+    assert drill.report("b", NOW, NOW, {}, "", data, 1)["ok"]
 
 
 @pytest.mark.parametrize(
@@ -311,13 +361,14 @@ def test_entries_let_go_of_an_address_before_another_gets_it() -> None:
     live: Any = Entries(a=[b"a"], b=[b"b", b"sales", b"gone"])
     restore._carry_out(live, [change("gone", b"gone")], [change("a", b"a", b"sales"), change("b", b"b")])
     assert live.held == {"a": [b"a", b"sales"], "b": [b"b"], "gone": [b"gone"]}
-    with pytest.raises(BackupError, match=r"c: taken.*account alias --remove"):
+    with pytest.raises(BackupError, match=r"c: taken.*account alias HOLDER --remove"):
         restore._carry_out(live, [change("c", b"sales")], [])
 
 
 def test_accounts_are_found_in_any_case_and_on_a_store_of_the_site(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     account = Account("alice@lab.test", "Alice", "s99.lab.test", 0)
-    directory = SimpleNamespace(get={account.address: account}.get)
+    by_address = {account.address: account}
+    directory = SimpleNamespace(get=by_address.get, holders=lambda _: by_address)
     here = SimpleNamespace(site=site, directory=directory)
     monkeypatch.setattr(restore, "opened", lambda *_: contextlib.nullcontext(here))
     known: Any = None
@@ -329,10 +380,10 @@ def test_accounts_are_found_in_any_case_and_on_a_store_of_the_site(site: Site, m
             verb()
 
 
-@pytest.mark.parametrize("identifier", ["‹é@x>", "<a\r\nb@x>"])
-def test_a_message_id_is_ascii(site: Site, identifier: str) -> None:
+@pytest.mark.parametrize("identifier", ["‹é@x>", "<a\r\nb@x>", "", "<>", "<a@x> <b@x>"])
+def test_what_is_no_message_id_is_refused(site: Site, identifier: str) -> None:
     known: Any = None
-    with pytest.raises(BackupError, match="a Message-ID is ASCII"):
+    with pytest.raises(BackupError, match="not a Message-ID"):
         restore.mail(site, known, "alice@lab.test", Wanted(identifier=identifier))
 
 
@@ -368,6 +419,22 @@ def stored(sound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 def lose_a_pack(kept: Repository) -> None:
     max(Path(kept.place).glob("data/*/*"), key=lambda file: file.stat().st_size).unlink()
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [("/etc/hostname", "/etc/hostname is no folder"), ("/etc/hostname/below", "/etc/hostname is no folder")],
+)
+def test_a_repository_needs_a_folder(sound: str, place: str, why: str) -> None:
+    kept = Repository(parse(f"{sound}\nbackup: {{repository: {place}}}\n"), KNOWN)
+    with pytest.raises(BackupError, match=f"{place}: no folder can be made there: {why}.*nothing was changed"):
+        kept.may_begin()
+
+
+def test_a_repository_whose_folder_cannot_be_made_is_refused(sound: str) -> None:
+    kept = Repository(parse(f"{sound}\nbackup: {{repository: /proc/repository}}\n"), KNOWN)
+    with pytest.raises(BackupError, match="no folder can be made there: /proc/repository: No such file"):
+        kept.begin()
 
 
 @needs_restic

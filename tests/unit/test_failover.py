@@ -1,9 +1,16 @@
 """What `failover` and `failback` would do, and what they refuse."""
 
+import contextlib
+from typing import cast
+
 import pytest
 
 from posthouse.model import Site
+from posthouse.ops import failover, rebuild
 from posthouse.ops.failover import FailoverError, State, Step, plan
+from posthouse.ops.state import State as NodesState
+from posthouse.ops.steps import Refused
+from posthouse.remote import Remote
 from posthouse.sitefile import parse
 
 WELL = {
@@ -65,3 +72,47 @@ def test_without_a_cluster_nothing_fails_over(sound: str) -> None:
     site = parse(sound.replace("cluster: {members: [mail1, mail2, mail3]}", ""))
     with pytest.raises(FailoverError, match="no `cluster`"):
         plan(site, {}, "s01")
+
+
+class Marked:
+    """Stands for nodes of which some are drained."""
+
+    def __init__(self, *drained: str) -> None:
+        self.drained = drained
+
+    def run(self, node: str, command: str, **_: object) -> str:
+        return "yes\n" if node in self.drained else ""
+
+
+def test_a_drained_node_gets_nothing_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    have = WELL | {"s01": State("mail2", in_sync=("mail1",)), "s02": State("mail3", in_sync=("mail2",))}
+    moved: list[Step] = []
+    monkeypatch.setattr(failover, "states", lambda *_, **__: have)
+    monkeypatch.setattr(failover, "_act", lambda site, remote, step: moved.append(step))
+    with pytest.raises(FailoverError, match="s01: mail1 is drained, and gets it back by: posthouse undrain mail1"):
+        failover.failback(site, ["s02", "s01"], remote=cast(Remote, Marked("mail1")))
+    assert moved == []
+    failover.failback(site, ["s02", "s01"], remote=cast(Remote, Marked("lb1")))
+    assert [step.store for step in moved] == ["s02", "s01"]
+
+
+@pytest.mark.parametrize(
+    ("record", "answers", "refused"),
+    [
+        (State("mail1", in_sync=("mail2",)), {"mail2", "mail3"}, False),
+        (State("mail1", in_sync=("mail2",)), {"mail3"}, True),
+        # mail2 has come back without what mail1 acknowledged meanwhile.
+        (State("mail1", in_sync=()), {"mail2", "mail3"}, True),
+        (State("mail2", in_sync=()), {"mail2", "mail3"}, False),
+    ],
+)
+def test_a_disk_that_may_have_mail_alone_is_not_wiped(
+    site: Site, record: State, answers: set[str], refused: bool
+) -> None:
+    have = NodesState(answers=frozenset(answers))
+    with (
+        pytest.raises(Refused, match=r"s01: mail1 served it last.*failover s01 --to NODE --force")
+        if refused
+        else (contextlib.nullcontext())
+    ):
+        rebuild.need_complete(site, have, "mail1", WELL | {"s01": record})

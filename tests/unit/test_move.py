@@ -134,3 +134,10 @@ def test_a_mailbox_on_another_store_alone_is_not_moved_before_the_account_has_on
     one._stores = {name: SimpleNamespace(exists=lambda address, name=name: name == "s03") for name in ("s01", "s03")}
     with pytest.raises(MoveError, match=r"only mailbox is on s03; .* makes one on s01, and run the command again"):
         one.check_there("alice@lab.test", "s01", "s03")
+
+
+def test_a_mailbox_is_never_taken_for_its_own_former_copy(site: Site) -> None:
+    entry, settled = Entry(), []
+    entry.settled = settled.append  # type: ignore[attr-defined]
+    relocation_of(site, entry, Nodes()).finish("alice@lab.test", "s01", "s01", 1)
+    assert settled == ["alice@lab.test"]

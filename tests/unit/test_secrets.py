@@ -114,7 +114,7 @@ def test_certificates_are_made_anew_before_they_expire(
 
 def test_a_node_that_came_later_is_named(sound: str, made: Secrets) -> None:
     larger = parse(sound.replace("mail[1:3]", "mail[1:4]"))
-    with pytest.raises(SecretsError, match=r"mail4: the site's secrets lack a certificate; posthouse deploy adds"):
+    with pytest.raises(SecretsError, match=r"mail4: the site's secrets lack a certificate; posthouse deploy SITE adds"):
         secrets.load(larger).for_node(larger.nodes["mail4"])
     secrets.ensure(larger).for_node(larger.nodes["mail4"])
 
@@ -224,6 +224,6 @@ def test_what_is_missing_is_added_for_all_that_reach_nodes(folder: Path, site: S
     path, password_file = secrets.files(site)
     older = {**made.data, "passwords": {k: v for k, v in made.passwords.items() if k != "backup_repository"}}
     secrets._save(path, password_file, older)
-    with pytest.raises(SecretsError, match="lack the password backup_repository; posthouse deploy adds"):
+    with pytest.raises(SecretsError, match="lack the password backup_repository; posthouse deploy SITE adds"):
         secrets.load(site).password("backup_repository")
     assert secrets.ensure(site, new=False).password("backup_repository")

@@ -176,7 +176,9 @@ def power_on(site: Site, name: str, hardware: machine.Machine | None = None) -> 
             nodes.note(layout, _wired(site, name))
         found = machine.load(layout, name)
         if not found:
-            raise LabError(f"{name}: no machine of the lab {site.name}; make one with: posthouse lab up --vm {name}")
+            raise LabError(
+                f"{name}: no machine of the lab {site.name}; make one with: posthouse lab up {site.name} --vm {name}"
+            )
         nodes.stop(layout, name)
         machine.power_on(layout, name, found)
 
@@ -288,7 +290,9 @@ def command(name: str, node: str) -> list[str]:
     layout = Layout(name)
     leader = processes.leader(layout.node_cgroup(nodes.load(layout, node).name))
     if not leader and machine.load(layout, node):
-        raise LabError(f"{name}: {node} is a machine, which can be reached by ssh alone: posthouse lab shell {node}")
+        raise LabError(
+            f"{name}: {node} is a machine, which can be reached by ssh alone: posthouse lab shell {node} --site {name}"
+        )
     if not leader:
         raise LabError(f"{name}: {node} does not run; start it with: posthouse lab up {name}")
     clean = [

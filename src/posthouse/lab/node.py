@@ -122,7 +122,7 @@ def load(layout: Layout, name: str) -> Node:
     try:
         return Node(**json.loads((layout.node_state(name) / "node.json").read_text()))
     except FileNotFoundError:
-        known = ", ".join(layout.nodes) or "none; start the lab with: posthouse lab up"
+        known = ", ".join(layout.nodes) or f"none; start the lab with: posthouse lab up {layout.lab}"
         raise LabError(f"{layout.lab}: no node {name!r}; its nodes are {known}") from None
 
 

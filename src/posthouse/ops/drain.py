@@ -72,6 +72,8 @@ def plan(site: Site, have: State, node: str, switch: bool = True) -> list[Step]:
             )
     steps = []
     if service.pooled(site, node):
+        # One that is not told goes on sending clients here when it is back.
+        state.need_answers(site, have, (lb.name for lb in site.groups["lb"]))
         steps.append(Step("pools", node, "take it out of the balancers' pools, let its sessions end"))
     if "lb" in site.nodes[node].tiers:
         others = [lb.name for lb in site.groups["lb"] if lb.name != node and lb.name in have.answers - have.drained]
@@ -113,7 +115,7 @@ def plan_undrain(site: Site, have: State, node: str, switch: bool = True) -> lis
     state.need_answers(site, have, [node])
     steps = []
     if service.pooled(site, node) and (node in have.drained or not service.in_service(have, node)):
-        steps.append(Step("ready", node, "put it into the balancers' pools"))
+        steps.append(service.ready(site, have, node))
     if switch:
         steps += [
             Step("switch", have.primaries[name], f"hand {name} back to {node}", f"{name} {node}")
@@ -165,7 +167,7 @@ class Drains:
     def _actions(self) -> dict[str, Any]:
         return {
             "pools": lambda step: service.pools(self.site, step.node, "drain", self.wait),
-            "ready": lambda step: service.pools(self.site, step.node, "ready"),
+            "ready": lambda step: service.pools(self.site, step.node, "ready", limit=step.what),
             "vip": self._hand_over,
             "switch": self._switch,
             "queues": self._queues,

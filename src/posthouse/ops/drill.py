@@ -23,20 +23,24 @@ import yaml
 from posthouse import lab, run, secrets, sitefile
 from posthouse.apart import apart
 from posthouse.directory import Directory
+from posthouse.lab.layout import STATE
 from posthouse.model import Site
 from posthouse.ops import backup, restore
 from posthouse.ops.imap import Session
+from posthouse.ops.past import MIB
+from posthouse.ops.rebuild import FILL
 from posthouse.ops.repository import BackupError, Repository
 
 REPORTS = Path("/var/lib/posthouse/drills")
 OUTSIDE = "198.51.100.0/24"
+SRV_MIB = 8192  # a sparse file: what is not filled costs nothing
 Say = Callable[[str], None]
 # {store: {address: {folder: {GUID: how often}}}}
 Mail = dict[str, dict[str, dict[str, dict[str, int]]]]
 
 
-def small(site: Site) -> dict[str, Any]:
-    """The site file of the lab that stands in for a site: all of its stores on one node."""
+def small(site: Site, mail: int) -> dict[str, Any]:
+    """The site file of the lab that stands in for a site, all of its stores on one node. mail: MiB of it."""
     network = {
         "cidr": str(site.network.cidr),
         "controller": str(site.network.controller),
@@ -54,7 +58,7 @@ def small(site: Site) -> dict[str, Any]:
         "directory": {"providers": ["mail1"]},
         "stores": {key: {"primary": "mail1"} for key in site.stores},
         "filter": {"signature_urls": [clamav]},
-        "lab": {"outside": OUTSIDE, "srv_mib": 8192},
+        "lab": {"outside": OUTSIDE, "srv_mib": SRV_MIB + 3 * mail},
     }
 
 
@@ -87,6 +91,10 @@ def _drill(site: Site, repository: Repository, at: str | None, check: bool, keep
         return result
     if damage:
         raise BackupError(f"{repository.place}: damaged: {damage[0]}; put it back from a copy; nothing was changed")
+    listed = backup.manifest(repository, chosen)["parts"]
+    stores = [part for part in listed if part["name"].startswith("store:")]
+    mail = sum(part["bytes"] for part in stores) // MIB + 1
+    _need_room(site, mail)
     say(f"{chosen.name} into the lab {name(site)}: all stores on one node, compared message by message")
     if check:
         return {"backup": chosen.name, "lab": name(site), "check": True}
@@ -99,7 +107,7 @@ def _drill(site: Site, repository: Repository, at: str | None, check: bool, keep
     try:
         lab.down(name(site))
         folder.mkdir(exist_ok=True)
-        (folder / "site.yml").write_text(yaml.safe_dump(small(site), sort_keys=False))
+        (folder / "site.yml").write_text(yaml.safe_dump(small(site, mail), sort_keys=False))
         stand_in = sitefile.load(name(site))
         steps: dict[str, Callable[[], bool]] = {
             "machines": partial(_up, stand_in),
@@ -123,15 +131,33 @@ def _drill(site: Site, repository: Repository, at: str | None, check: bool, keep
             lab.down(name(site))
             shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)
-    result = report(chosen.name, chosen.time, began, seconds, failed, data)
+    held = sum(part["messages"] for part in stores)
+    result = report(chosen.name, chosen.time, began, seconds, failed, data, held)
     write(site, result)
     return result
 
 
+def _need_room(site: Site, mail: int) -> None:
+    """Refuses a drill that this machine has no room for. mail: MiB, which lie there twice while they come back."""
+    place = next(folder for folder in (STATE, *STATE.parents) if folder.exists())
+    free = shutil.disk_usage(place).free // MIB
+    if 2 * mail > free * FILL:
+        raise BackupError(
+            f"{site.name}: no room for a drill: {mail} MiB of mail lie twice on {place} while they come back, which "
+            f"has {free} MiB, of which {FILL:.0%} may be used; make room there; nothing was changed"
+        )
+
+
 def report(
-    name: str, taken: datetime, began: datetime, seconds: dict[str, float], failed: str, data: dict[str, Any]
+    name: str,
+    taken: datetime,
+    began: datetime,
+    seconds: dict[str, float],
+    failed: str,
+    data: dict[str, Any],
+    held: int = 0,
 ) -> dict[str, Any]:
-    """What a drill found.
+    """What a drill found. held: messages in the backup, with those that their owners had deleted not long before.
 
     {"backup", "time", "ok", "failed": why or "", "rto_seconds", "rpo_seconds", "seconds": {step: s}, and of messages:
     "restored", "equal", "newer" (live, and not in the backup), "gone" (in the backup, and no longer live), "damaged"}.
@@ -140,6 +166,8 @@ def report(
     damaged = data["restored"]["damaged"] if data else 0
     if data and not counts["equal"] and counts["newer"]:
         failed = "nothing that is live now came back"
+    if data and counts["restored"] < held / 2:
+        failed = f"{counts['restored']} messages came back, and the backup has {held}"
     if damaged:
         failed = f"{damaged} messages came back damaged"
     recovery = sum(value for step, value in seconds.items() if step in ("machines", "deploy", "restore"))

@@ -55,7 +55,7 @@ Changes = list[tuple[str, str, Entry]]  # (address, dn, attributes)
 def plan(have: dict[str, tuple[str, Entry]], want: dict[str, tuple[str, Entry]]) -> tuple[Changes, Changes]:
     """(entries to make, attributes to set) so that accounts are what they were. Accounts made since stay.
 
-    Where an account lives is not taken back: its mail is there.
+    Where an account lives, and where it came from, is not taken back: its mail is there.
     """
     missing = [(address, dn, entry) for address, (dn, entry) in want.items() if address not in have]
     changed = []
@@ -63,7 +63,7 @@ def plan(have: dict[str, tuple[str, Entry]], want: dict[str, tuple[str, Entry]])
         if address not in have:
             continue
         now = have[address][1]
-        names = (entry.keys() | now.keys()) - {"mailHost", "objectClass", "uid"}
+        names = (entry.keys() | now.keys()) - {"mailHost", "posthouseMovedFrom", "objectClass", "uid"}
         differing = {n: entry.get(n, []) for n in sorted(names) if sorted(entry.get(n, [])) != sorted(now.get(n, []))}
         if differing:
             changed.append((address, dn, differing))
@@ -72,7 +72,9 @@ def plan(have: dict[str, tuple[str, Entry]], want: dict[str, tuple[str, Entry]])
 
 def of_account(ldif: bytes, address: str) -> Entry | None:
     """The entry of one account, or None. Looks only at what mentions it: a directory may hold a million."""
-    start = ldif.find(f"dn: uid={address},".encode())
+    # The only one of an address's characters that slapd escapes in a name.
+    name = address.replace("=", "\\3D")
+    start = ldif.find(f"dn: uid={name},".encode())
     if start < 0:
         return None
     end = ldif.find(b"\n\n", start)

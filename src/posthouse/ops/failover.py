@@ -16,6 +16,7 @@ from typing import Any
 
 from posthouse import PosthouseError
 from posthouse.model import Site
+from posthouse.ops.state import MARK
 from posthouse.remote import Remote, RemoteError
 from posthouse.strict import did_you_mean
 
@@ -143,6 +144,12 @@ def failback(site: Site, stores: Iterable[str], check: bool = False, remote: Rem
     have = states(site, remote, watch=True)
     wanted = [(store, site.stores[store].primary if store in site.stores else None) for store in stores]
     steps = [step for step in (plan(site, have, store, to) for store, to in wanted) if step]
+    for step in steps:
+        if remote.run(step.target, f"test -e {MARK} && echo yes || true", timeout=30).strip():
+            raise FailoverError(
+                f"{step.store}: {step.target} is drained, and gets it back by: posthouse undrain {step.target} --site "
+                f"{site.name}; nothing was changed"
+            )
     for step in [] if check else steps:
         _act(site, remote, step)
     return steps

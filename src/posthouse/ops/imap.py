@@ -80,6 +80,11 @@ def quoted(name: str) -> str:
     return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
+def literal(before: str, value: bytes, after: str) -> bytes:
+    """An argument that holds a value of any bytes, for `ask`: a literal that waits for no answer (RFC 7888)."""
+    return f"{before} {{{len(value)}+}}\r\n".encode() + value + after.encode()
+
+
 class Session(imaplib.IMAP4_SSL):
     """An account's mailbox, over IMAPS to an address; the certificate must be good for the store's name."""
 
@@ -96,13 +101,14 @@ class Session(imaplib.IMAP4_SSL):
         secured: socket.socket = self.ssl_context.wrap_socket(connection, server_hostname=self.host)
         return secured
 
-    def ask(self, name: str, command: str, *arguments: str) -> list[Item]:
+    def ask(self, name: str, command: str, *arguments: str | bytes) -> list[Item]:
         """The untagged responses `name` to a command, parsed. Raises imaplib.IMAP4.error if it is refused."""
         self.untagged_responses.pop(name, None)
         imaplib.Commands.setdefault(command, ("AUTH", "SELECTED"))  # those that imaplib does not know
         status, data = self._simple_command(command, *arguments)
         if status != "OK":
-            raise self.error(f"{command} {' '.join(arguments)}: {data[-1].decode(errors='replace')}")
+            asked = " ".join(a if isinstance(a, str) else a.decode(errors="replace") for a in arguments)
+            raise self.error(f"{command} {asked}: {data[-1].decode(errors='replace')}")
         _, found = self.response(name)
         return parsed(found or [])
 
@@ -147,9 +153,16 @@ class Session(imaplib.IMAP4_SSL):
             )
 
     def having(self, folder: str, identifier: str) -> list[int]:
-        """UIDs of the messages with a Message-ID."""
+        """UIDs of the messages with a Message-ID, with or without its brackets."""
         self._enter(folder)
-        return [int(uid) for uid in self.ask("SEARCH", "UID", "SEARCH", "HEADER", "Message-ID", quoted(identifier))]
+        bare = identifier.strip(" <>")
+        # Whatever has it somewhere in its own, such as 11@example.net for 1@example.net.
+        uids = self.ask("SEARCH", "UID", "SEARCH", "HEADER", "Message-ID", quoted(bare))
+        if not uids:
+            return []
+        found = self.ask("FETCH", "UID", "FETCH", b",".join(uids), "(UID ENVELOPE)")
+        entries = [pairs(entry) for entry in found[1::2]]
+        return [int(entry["UID"]) for entry in entries if entry["ENVELOPE"][9].strip(b" <>") == bare.encode()]
 
     def bodies(self, folder: str, messages: list[Message]) -> Iterator[list[tuple[Message, bytes]]]:
         """The messages with all of their bytes, in batches that fit into memory."""
@@ -185,8 +198,8 @@ class Session(imaplib.IMAP4_SSL):
         self._enter(folder, readonly=False)
         for uid, (message, _) in zip(numbers(match[1].decode()), batch, strict=True):
             for entry, attribute, value in message.annotations:
-                text = quoted(value.decode())
-                self.ask("FETCH", "UID", "STORE", str(uid), "ANNOTATION", f"({entry} ({attribute} {text}))")
+                note = literal(f"({entry} ({attribute}", value, "))")
+                self.ask("FETCH", "UID", "STORE", str(uid), "ANNOTATION", note)
 
 
 USES = ("\\archive", "\\drafts", "\\flagged", "\\important", "\\junk", "\\sent", "\\snoozed", "\\trash")

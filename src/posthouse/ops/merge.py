@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from posthouse.mailboxes import ManageSieve, SieveError
 from posthouse.model import Store
 from posthouse.ops import past
-from posthouse.ops.imap import Folder, Message, Session
+from posthouse.ops.imap import Folder, Message, Session, literal
 from posthouse.ops.repository import BackupError
 from posthouse.secrets import Secrets
 
@@ -113,7 +113,7 @@ def account_mail(
         password = secrets.passwords["store_proxy"]
         live = Session(target.host, target.address, 993, tls, address, "proxy", password)
         have = {name: live.details(folder) for name, folder in live.folders().items()}
-        steps = plan(have, want, wire(wanted.into) if wanted.into else None)
+        steps = plan(have, want, None if wanted.into is None else wire(wanted.into))
         scripts = _scripts(secrets, then, address, target, check) if wanted == Wanted() else []
         if not check:
             for step in steps:
@@ -175,7 +175,7 @@ def _act(step: Step, then: Session, live: Session) -> None:
     for who, rights in step.acl.items():
         live.ask("OK", "SETACL", name, f'"{who}"', rights)
     for key, value in step.annotations.items():
-        live.ask("OK", "SETMETADATA", name, f'({key} "{value.decode()}")')
+        live.ask("OK", "SETMETADATA", name, literal(f"({key}", value, ")"))
     if step.subscribe:
         live.ask("OK", "SUBSCRIBE", name)
 

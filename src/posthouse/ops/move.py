@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from posthouse import inventory
+from posthouse.accounts import existing
 from posthouse.directory import Directory
 from posthouse.model import Site
 from posthouse.ops import mailbox_state
@@ -96,11 +97,12 @@ class Mover:
     # Planning
 
     def plan(self, addresses: Iterable[str], target: str) -> list[Move]:
-        """What has to be done for each account. Raises MoveError, DirectoryError, StoreError; changes nothing."""
+        """What has to be done for each account. Raises AccountError, DirectoryError, MoveError, StoreError."""
         if target not in self.site.stores:
             raise MoveError(f"no store {target!r} in this site; the stores are {', '.join(self.site.stores)}")
         with self._relocation() as on:
-            return self._plan_all(on, dict.fromkeys(addresses, target))
+            named = [existing(self.site, on.directory, address).address for address in addresses]
+            return self._plan_all(on, dict.fromkeys(named, target))
 
     def plan_rest(self, targets: dict[str, str]) -> list[Move]:
         """The same with a store for each account, and to finish the moves that were killed, whatever they were."""
@@ -118,13 +120,13 @@ class Mover:
         return moves
 
     def _plan(self, on: Relocation, address: str, target: str) -> Move:
-        account = on.directory.holders([address]).get(address)
+        account = on.directory.get(address)
         if account is None:
             raise MoveError(f"no account {address}; see: posthouse account list --site {self.site.name}")
-        if account.address != address:
-            raise MoveError(f"{address} is an alias of {account.address}; name that account")
         if account.store not in self.site.stores:
-            raise MoveError(f"{address} is on {account.store}, which is not in the site file; put it back there")
+            raise MoveError(
+                f"{address} is on {account.store}, which is not in the site file; write the store into it again"
+            )
         left = on.directory.moved(address)
         if account.store == target:
             return Move(address, target, target, left=left)

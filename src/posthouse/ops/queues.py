@@ -42,15 +42,20 @@ def waiting(remote: Remote, node: str, conf: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in remote.run(node, f"postqueue -c {conf} -j").splitlines()]
 
 
+def left(site: Site, remote: Remote, node: str) -> int:
+    """How many messages are in a node's queues, in whatever state."""
+    return sum(len(waiting(remote, node, conf)) for conf in instances(site, node).values())
+
+
 def flush(site: Site, remote: Remote, node: str, seconds: float) -> int:
     """Tries all waiting mail of a node now; returns how many messages are left when it is empty or the time is up."""
     deadline = time.monotonic() + seconds
     confs = instances(site, node).values()
     remote.run(node, "; ".join(f"postqueue -c {conf} -f" for conf in confs))
     while True:
-        left = sum(len(waiting(remote, node, conf)) for conf in confs)
-        if not left or time.monotonic() > deadline:
-            return left
+        count = left(site, remote, node)
+        if not count or time.monotonic() > deadline:
+            return count
         time.sleep(1)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from posthouse import image, lab
 from posthouse.model import Site, Store
-from posthouse.ops import quorum, service, spool, state
+from posthouse.ops import failover, queues, quorum, service, spool, state
 from posthouse.ops.state import State
 from posthouse.ops.steps import Refused, Step, carry_out, way_on
 from posthouse.remote import Remote
@@ -40,13 +40,30 @@ def holders(site: Site, have: State, node: str) -> dict[str, str]:
     return found
 
 
+def need_complete(site: Site, have: State, node: str, records: dict[str, failover.State]) -> None:
+    """Refuses if the cluster says that a node may have mail alone, for its disk is not to be wiped on that."""
+    for store in stores_of(site, node) if site.cluster else []:
+        record = records.get(store.name)
+        if record and record.primary == node and not have.answers.intersection(record.in_sync):
+            others = [name for name in (store.primary, *store.replicas) if name != node]
+            raise Refused(
+                f"{store.name}: {node} served it last, and nobody who answers has all of it, so mail may be on {node} "
+                f"alone; start it, or bring {', '.join(record.in_sync or others)} back; if its disk is lost, let "
+                f"another node serve what it has first: posthouse failover {store.name} --to NODE --force --site "
+                f"{site.name}; nothing was changed"
+            )
+
+
 def stores_of(site: Site, node: str) -> list[Store]:
     """The stores that have their primary or a replica on a node."""
     return [store for store in site.stores.values() if node in (store.primary, *store.replicas)]
 
 
-def plan(site: Site, have: State, node: str, sizes: dict[str, int]) -> list[Step]:
-    """The steps that make a node anew. sizes: MiB of each store to be copied back. Raises Refused."""
+def plan(site: Site, have: State, node: str, sizes: dict[str, int], waiting: int = 0) -> list[Step]:
+    """The steps that make a node anew. Raises Refused.
+
+    sizes: MiB of each store to be copied back; waiting: messages in the node's queues, as far as it can be asked.
+    """
     state.known(site, node)
     others = [name for name in site.nodes if name != node]
     entry = site.nodes[node]
@@ -54,6 +71,11 @@ def plan(site: Site, have: State, node: str, sizes: dict[str, int]) -> list[Step
         raise Refused(
             f"{node}: is alive, and a rebuild wipes its disk; if you mean it, take it out of service first: "
             f"posthouse drain {node} --site {site.name}; nothing was changed"
+        )
+    if waiting:
+        raise Refused(
+            f"{node}: {waiting} messages wait in its queues, and would be lost with its disk; deliver them, release "
+            "those on hold (postsuper -H) or delete them there; nothing was changed"
         )
     if not site.lab and node not in have.answers:
         raise Refused(
@@ -73,6 +95,12 @@ def plan(site: Site, have: State, node: str, sizes: dict[str, int]) -> list[Step
                 "changed"
             )
     sources = holders(site, have, node)
+    for name, source in sources.items():
+        if node in have.deployed and (name, source) in have.late:
+            raise Refused(
+                f"{name}: {source} lacks some of what {node} has; wait until it has everything, or where it never "
+                f"will, switch {node} off: what {source} has comes back then; nothing was changed"
+            )
     room = site.lab.srv_mib if site.lab else site.classes[entry.klass].disk_gib * 1024
     if sum(sizes.values()) > room * FILL:
         raise Refused(
@@ -100,7 +128,7 @@ def plan(site: Site, have: State, node: str, sizes: dict[str, int]) -> list[Step
         if have.primaries.get(name) == source
     ]
     if node in have.drained or node not in have.deployed:
-        steps.append(Step("ready", node, "put it into the balancers' pools"))
+        steps.append(service.ready(site, have, node))
     return [
         *steps,
         Step("serve", node, "wait until the balancers send it clients"),
@@ -132,7 +160,9 @@ def rebuild(site: Site, node: str, check: bool = False, measure: bool = False) -
         image.build(site, site.nodes[node].klass)  # from here on this process is in the lab's network
     remote = Remote(site)
     have = state.read(site, remote)
+    need_complete(site, have, node, failover.states(site, remote) if stores_of(site, node) else {})
     sources = holders(site, have, node)
+    waiting = queues.left(site, remote, node) if node in have.deployed else 0
     sizes = {name: spool.sizes(remote, source, [name])[name] for name, source in sources.items()}
     copies: dict[str, Any] = {}
 
@@ -151,7 +181,7 @@ def rebuild(site: Site, node: str, check: bool = False, measure: bool = False) -
 
     def ready(step: Step) -> str:
         state.unmark(remote, step.node)
-        return service.pools(site, step.node, "ready") if service.pooled(site, step.node) else ""
+        return service.pools(site, step.node, "ready", limit=step.what) if service.pooled(site, step.node) else ""
 
     def serve(step: Step) -> str:
         service.await_service(site, remote, step.node)
@@ -159,7 +189,7 @@ def rebuild(site: Site, node: str, check: bool = False, measure: bool = False) -
 
     report = carry_out(
         f"rebuild {node}",
-        plan(site, have, node, sizes),
+        plan(site, have, node, sizes, waiting),
         {
             "machine": machine,
             "copy": copy,

@@ -405,6 +405,10 @@ class Relocation:
 
     def finish(self, address: str, source: str, target: str, since: int) -> None:
         """What a move that was killed has left to do."""
+        if source == target:
+            # Nothing that a move leaves: what goes for a former copy is the mailbox itself.
+            self.directory.settled(address)
+            return
         self._say(address, "letting go")
         notes = self._send_sessions_on(address, target)
         told = time.time()

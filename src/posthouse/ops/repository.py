@@ -73,7 +73,14 @@ class Repository:
         return True
 
     def may_begin(self) -> None:
-        """Raises BackupError if the site's repository was here before: an empty one must not take its place unseen."""
+        """Raises BackupError if the site's repository was here before: an empty one must not take its place unseen.
+
+        Also where no folder can be made.
+        """
+        if self.place.startswith("/"):
+            there = next(path for path in (Path(self.place), *Path(self.place).parents) if path.exists())
+            if not (there.is_dir() and os.access(there, os.W_OK)):
+                raise self._no_folder(f"{there} is no folder that can be written to")
         if self._note.is_file() and self._note.read_text().strip() == self.place:
             raise BackupError(
                 f"{self.place}: the site's backups were here, and nothing is here now; mount the disk that they are "
@@ -83,8 +90,17 @@ class Repository:
     def begin(self) -> None:
         """Makes the repository."""
         if self.place.startswith("/"):
-            Path(self.place).mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                Path(self.place).mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise self._no_folder(f"{error.filename}: {error.strerror}") from None
         self.restic("init")
+
+    def _no_folder(self, why: str) -> BackupError:
+        return BackupError(
+            f"{self.place}: no folder can be made there: {why}; correct backup.repository, or mount its disk; nothing "
+            "was changed"
+        )
 
     def note(self) -> None:
         """Keeps in mind where the repository is; see `may_begin`."""

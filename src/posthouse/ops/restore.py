@@ -5,6 +5,7 @@ Each verb looks at what is there and adds the rest, so a command that was killed
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 from posthouse import run
 from posthouse import secrets as all_secrets
+from posthouse.accounts import own
 from posthouse.directory import Account, AddressTaken, Directory
 from posthouse.mailboxes import Mailboxes
 from posthouse.model import Site
@@ -85,14 +87,19 @@ def mail(
     site: Site, secrets: Secrets, address: str, wanted: Wanted, *, at: str | None = None, check: bool = False
 ) -> Restored:
     """Brings an account's mail back from the newest backup that has what is wanted. Raises BackupError, StoreError."""
-    address = address.lower()
-    if wanted.identifier and not (wanted.identifier.isascii() and wanted.identifier.isprintable()):
-        raise BackupError(f"message {wanted.identifier!r}: a Message-ID is ASCII; copy it out of the message's header")
+    address = own(site, address)
+    if wanted.identifier is not None and not re.fullmatch(r"\s*<?[\x21-\x3b=\x3f-\x7e]+>?\s*", wanted.identifier):
+        raise BackupError(
+            f"message {wanted.identifier!r}: not a Message-ID, which is ASCII and like <1@example.net>; copy it out "
+            "of the message's header; nothing was changed"
+        )
     with opened(site, secrets, at) as here:
-        account = here.directory.get(address)
+        account = here.directory.holders([address]).get(address)
         if account is None:
             back = f"posthouse restore account {address} --site {site.name}"
             raise BackupError(f"no account {address}; if it was deleted, bring it back by: {back}")
+        if account.address != address:
+            raise BackupError(f"{address} is an alias of {account.address}; name that account; nothing was changed")
         return _mail(here, account.store, address, wanted, check)
 
 
@@ -101,7 +108,7 @@ def account(site: Site, secrets: Secrets, address: str, *, at: str | None = None
 
     One that exists keeps its entry, and gets its mail. Aliases that are another account's now are left out.
     """
-    address = address.lower()
+    address = own(site, address)
     with opened(site, secrets, at) as here:
         existing = here.directory.get(address)
         if existing:
@@ -293,7 +300,8 @@ class Filling:
 def _mail(here: Opened, store: str, address: str, wanted: Wanted, check: bool) -> Restored:
     if store not in here.site.stores:
         raise BackupError(
-            f"{address} is on {store}, which is not in the site file; put it back there; nothing was changed"
+            f"{address} is on {store}, which is not in the site file; write the store into it again; nothing was "
+            "changed"
         )
     target = here.site.stores[store]
     node = here.primaries[store]
@@ -350,8 +358,8 @@ def _carry_out(live: Directory, missing: entries.Changes, changed: entries.Chang
                 act(dn, attributes)
             except AddressTaken as error:
                 raise BackupError(
-                    f"{address}: {error}, one that was made since; take it away there by posthouse account alias "
-                    "--remove, and run the command again: it does the rest"
+                    f"{address}: {error}, one that was made since; take it away there by: posthouse account alias "
+                    "HOLDER --remove ADDRESS --site SITE; then run the command again: it does the rest"
                 ) from None
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from posthouse import lab
 from posthouse.model import Site
-from posthouse.ops import drain, failover, quorum, service, state
+from posthouse.ops import drain, failover, queues, quorum, service, state
 from posthouse.ops.rebuild import stores_of
 from posthouse.ops.state import State
-from posthouse.ops.steps import Refused, Step, carry_out
+from posthouse.ops.steps import Refused, Step, Stopped, carry_out
 from posthouse.remote import Remote
 
 
@@ -125,6 +125,11 @@ def retire(site: Site, node: str, check: bool = False, wait: int = 60) -> dict[s
     steps = plan(site, state.read(site, remote), node, lacking(site, remote), cluster)
 
     def off(step: Step) -> str:
+        if left := queues.left(site, remote, step.node):
+            raise Stopped(
+                f"{left} messages still wait in its queues, and would be lost with its disk: deliver them, release "
+                "those on hold (postsuper -H) or delete them there, then run this again"
+            )
         if site.lab:
             lab.wipe(site.name, step.node)
         else:

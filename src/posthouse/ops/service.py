@@ -9,7 +9,7 @@ from typing import Any
 from posthouse import PosthouseError, lab, run, secrets
 from posthouse.model import Site
 from posthouse.ops import state
-from posthouse.ops.steps import Stopped
+from posthouse.ops.steps import Step, Stopped
 from posthouse.remote import Remote
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,20 @@ def pools(site: Site, node: str, wanted: str, wait: int = 60, limit: str | None 
         complaints = "; ".join(errors) or "the balancers' pools could not be changed"
         raise Stopped(f"{complaints}; all that Ansible said stands above")
     return ""
+
+
+def ready(site: Site, have: state.State, node: str) -> Step:
+    """The step that puts a node into the pools of the balancers that answer; those that do not are named.
+
+    Raises Refused if none does.
+    """
+    balancers = [lb.name for lb in site.groups["lb"]]
+    told = [name for name in balancers if name in have.answers or name == node]
+    if not told and pooled(site, node):
+        state.need_answers(site, have, balancers)
+    silent = [name for name in balancers if name not in told]
+    rest = f"; {', '.join(silent)} does not answer: once it does, posthouse undrain {node} tells it" if silent else ""
+    return Step("ready", node, f"put it into the balancers' pools{rest}", ",".join(told))
 
 
 def pooled(site: Site, node: str) -> bool:

@@ -46,7 +46,11 @@ def shown(steps: Sequence[Step]) -> list[str]:
 def way_on(again: Callable[[], Sequence[Step]]) -> str:
     """What the same command would do now, in words. again: makes its plan anew, from how things are by then."""
     try:
-        return GOES_ON if again() else "there is nothing left for the same command to do; see: posthouse verify"
+        return (
+            GOES_ON
+            if again()
+            else "there is nothing left for the same command to do; posthouse verify says how the site is"
+        )
     except PosthouseError as refusal:
         return f"the same command would be refused: {refusal}"
 

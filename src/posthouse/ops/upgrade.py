@@ -116,6 +116,7 @@ def plan(
 ) -> list[Step]:
     """The steps of a rolling upgrade; none if no package is to be had. now: the site's digest. Raises Refused."""
     state.known(site, *nodes)
+    nodes = list(dict.fromkeys(nodes))
     state.need_answers(site, have, site.nodes)
     outside = sorted(have.drained - have.upgrading)
     if outside:
@@ -171,7 +172,7 @@ def restart(site: Site, remote: Remote, node: str) -> None:
         remote.run(node, "systemctl --no-block poweroff")
         while any(entry["name"] == node and entry["state"] == "running" for entry in lab.status(site.name)):
             if time.monotonic() > deadline:
-                raise Stopped(f"does not shut down within {RESTART_SECONDS} s")
+                raise Stopped(f"does not shut down within {RESTART_SECONDS} s; its console says why")
             time.sleep(0.5)
         lab.start(site.name, node)
     else:
@@ -184,7 +185,7 @@ def restart(site: Site, remote: Remote, node: str) -> None:
         except RemoteError:
             pass
         if time.monotonic() > deadline:
-            raise Stopped(f"does not come up within {RESTART_SECONDS} s")
+            raise Stopped(f"does not come up within {RESTART_SECONDS} s; its console says why")
         time.sleep(1)
 
 
@@ -236,14 +237,14 @@ def _rehearsal(site: Site) -> dict[str, Any] | None:
     """What the last green rehearsal noted; None if there is none. Raises Refused."""
     path = record(site)
     try:
-        noted: dict[str, Any] = json.loads(path.read_text())
+        noted = json.loads(path.read_text())
+        return {"digest": noted["digest"], "when": noted["when"], "versions": dict(noted["versions"])}
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, LookupError, TypeError):
         raise Refused(
             f"{path}: is damaged; rehearse again: posthouse upgrade --rehearse --site {site.name}; nothing was changed"
         ) from None
-    return noted
 
 
 def clone(site: Site) -> str:
@@ -376,4 +377,4 @@ def _used(copy: Site) -> None:
         time.sleep(PROBE_SECONDS)
     failed = {kind: one.failures for kind, one in probe.statistics().items() if one.failed}
     if failed:
-        raise Stopped(f"probes failed: {failed}")
+        raise Stopped(f"probes failed: {failed}; mend what they name in the site, and rehearse again")

@@ -153,5 +153,5 @@ def _person(accounts: Accounts, where: str, row: dict[str, str]) -> Person:
         raise ProbeError(f"{where}: no address or no password; each line needs both, under address,password")
     account = accounts.directory.get(address)
     if not account:
-        raise ProbeError(f"{where}: no account {address}; see: posthouse account list")
+        raise ProbeError(f"{where}: no account {address}; see: posthouse account list --site {accounts.site.name}")
     return Person(address, password, account.store)

@@ -155,7 +155,7 @@ def choose(
         if disk.holds and not (any(disk.same(other) for other in allowed) if allowed else armed):
             raise Refused(
                 f"{disk} is not empty (it holds {disk.holds}), and nobody said that it may be wiped; "
-                "if it may: posthouse provision reinstall NODE",
+                "if it may: posthouse provision reinstall NODE --site SITE",
                 fitting,
             )
     return fitting
