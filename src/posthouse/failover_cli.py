@@ -56,7 +56,7 @@ def failover(
 
 
 def failback(
-    store: Annotated[list[str] | None, typer.Argument(help="The stores.")] = None,
+    store: Annotated[list[str] | None, typer.Argument(metavar="[STORE]...", help="The stores.")] = None,
     site: SiteOption = "lab",
     every: Annotated[bool, typer.Option("--all", help="All stores.")] = False,
     check: Check = False,

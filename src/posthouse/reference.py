@@ -209,7 +209,8 @@ def _command(name: str, command: Any) -> Iterator[str]:
             if isinstance(parameter.default, str | int | float | Path) and parameter.default
             else ""
         )
-        yield f"- `{shown}`: {parameter.help or ''}{default}"
+        needed = " Required." if parameter.required and parameter in options else ""
+        yield f"- `{shown}`: {parameter.help or ''}{needed}{default}"
 
 
 def _argument(parameter: Any) -> str:

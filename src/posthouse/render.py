@@ -112,7 +112,7 @@ def generation(variables: Variables, tiers: list[str]) -> dict[str, Any]:
                 desired["directories"][name] = access(text)
         for path, source in sources(tier).items():
             for name, extra in instances(path, each, variables):
-                content = _content(tier, source, variables | extra)
+                content = _content(source, variables | extra)
                 if content.strip():
                     desired["files"][name] = {"content": content, "tier": tier, **access(mode(manifest, path))}
         for unit, service in manifest.get("services", {}).items():
@@ -149,7 +149,7 @@ def instances(text: str, each: dict[str, str], variables: Variables) -> list[tup
     return [(text, {})]
 
 
-def _content(tier: str, source: Path, variables: Variables) -> str:
+def _content(source: Path, variables: Variables) -> str:
     if source.suffix != ".j2":
         return source.read_text()
     try:

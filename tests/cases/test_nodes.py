@@ -72,7 +72,9 @@ def all_well_but(site: Site, told: dict[str, Any]) -> state.State:
         "vip": told.get("vip", "lb1"),
         "pools": {node.name: pools for node in site.groups["lb"] if node.name in answers},
     }
-    return state.from_data(known)
+    sets = {key: frozenset(known[key]) for key in ("answers", "deployed", "drained", "upgrading")}
+    pairs = {key: frozenset(map(tuple, known[key])) for key in ("carries", "late")}
+    return state.State(**{**known, **sets, **pairs})
 
 
 @pytest.mark.parametrize(("operation", "case"), cases())

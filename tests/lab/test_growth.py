@@ -33,6 +33,12 @@ SENDER = "stranger@example.net"
 OWN = "tmp-nodes"  # git ignores its folder
 SERVING_SECONDS = 60
 ACCOUNTS = 40
+OUTBOUND = "/etc/postfix-outbound"
+HELD = f"""
+printf 'Subject: held\\n\\nstill\\n' | sendmail -C {OUTBOUND} -f held@lab.test waiting@example.net
+for _ in $(seq 100); do postqueue -c {OUTBOUND} -j | grep -q queue_id && break; sleep 0.1; done
+postsuper -c {OUTBOUND} -h ALL
+"""
 
 
 class Own:
@@ -232,6 +238,10 @@ def test_retire_plain(own):
     """A node that nothing leans on leaves for good: no balancer knows it any more, and nothing is restarted"""
     assert "directory.providers: mail1 is one of them" in own.refused("retire", "mail1", "--site", OWN)
     assert "mail9: no such node" in own.refused("retire", "mail9", "--site", OWN)
+    # Nobody may deliver it, so a drain leaves it where it is; with the disk it would be gone.
+    own.nodes.run("mail4", HELD)
+    assert "1 message(s) still wait in its queues" in own.refused("retire", "mail4", "--site", OWN, "--wait", "3")
+    own.nodes.run("mail4", f"postsuper -c {OUTBOUND} -d ALL")
     report = json.loads(own.posthouse("retire", "mail4", "--site", OWN, "--wait", "3", "--json"))
     print(f"retire: {[(step['do'], step['seconds']) for step in report['steps']]}")
     assert "mail4" not in {node["name"] for node in lab.status(OWN)}

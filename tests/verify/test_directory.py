@@ -13,7 +13,6 @@ import pytest
 pytestmark = pytest.mark.tier("directory")
 
 LOCAL = "ldapi://%2Frun%2Fslapd%2Fldapi"  # the name by which mail's daemons know it
-REFUSED = 50  # insufficientAccess
 
 
 @pytest.fixture

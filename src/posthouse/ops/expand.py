@@ -1,4 +1,4 @@
-"""A node more: it comes up, is converged, the others learn of it, and it serves. Nothing on them is restarted."""
+"""A node more: it comes up, is converged, the others learn of it, and it serves."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Contents:
 class Past:
     """A store of the past that runs on a node."""
 
-    def __init__(self, site: Site, secrets: Secrets, store: Store, imap: int, sieve: int) -> None:
+    def __init__(self, secrets: Secrets, store: Store, imap: int, sieve: int) -> None:
         self.store = store
         self._imap, self._sieve = imap, sieve
         self._password = secrets.passwords["store_proxy"]
@@ -150,7 +150,7 @@ def opened(
     try:
         if link.stdout.readline() != b"ready\n":
             raise BackupError(f"{node}: the store of the past cannot be reached by ssh; run the command again")
-        yield Past(site, secrets, target, *ports), folder
+        yield Past(secrets, target, *ports), folder
     finally:
         end(link)
 

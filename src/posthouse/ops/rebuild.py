@@ -74,7 +74,7 @@ def plan(site: Site, have: State, node: str, sizes: dict[str, int], waiting: int
         )
     if waiting:
         raise Refused(
-            f"{node}: {waiting} messages wait in its queues, and would be lost with its disk; deliver them, release "
+            f"{node}: {waiting} message(s) wait in its queues, and would be lost with its disk; deliver them, release "
             "those on hold (postsuper -H) or delete them there; nothing was changed"
         )
     if not site.lab and node not in have.answers:

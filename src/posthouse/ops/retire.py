@@ -127,7 +127,7 @@ def retire(site: Site, node: str, check: bool = False, wait: int = 60) -> dict[s
     def off(step: Step) -> str:
         if left := queues.left(site, remote, step.node):
             raise Stopped(
-                f"{left} messages still wait in its queues, and would be lost with its disk: deliver them, release "
+                f"{left} message(s) still wait in its queues, and would be lost with its disk: deliver them, release "
                 "those on hold (postsuper -H) or delete them there, then run this again"
             )
         if site.lab:

@@ -144,13 +144,6 @@ def need_answers(site: Site, state: State, nodes: Iterable[str]) -> None:
             )
 
 
-def from_data(data: dict[str, Any]) -> State:
-    """A state written down as plain data, as test cases and reports have it."""
-    sets = {key: frozenset(data.get(key, ())) for key in ("answers", "deployed", "drained", "upgrading")}
-    pairs = {key: frozenset((store, node) for store, node in data.get(key, ())) for key in ("carries", "late")}
-    return State(**{**data, **sets, **pairs})
-
-
 def mark(remote: Remote, node: str, data: dict[str, Any]) -> None:
     """Notes on a node that it is drained, so that a reboot does not forget it."""
     command = f"mkdir -p $(dirname {MARK}) && cat >{MARK}.new && sync {MARK}.new && mv {MARK}.new {MARK}"

@@ -13,7 +13,7 @@ The nodes of a store agree on one record, which etcd keeps (`{store}/state`):
 and each notes which copy of the mail it has (`{store}/copy/{node}`): a node that lost power, or its disk, gets another
 name for its copy, for nobody can say any more that it is complete.
 
-A primary beats once a second, by a change of the record that succeeds only if nobody else made one. One that could not
+A primary beats every 0.8 s, by a change of the record that succeeds only if nobody else made one. One that could not
 do so for HOLD seconds stops serving by itself. A replica in sync takes over, by such a change, when it has watched
 the record stay the same for TTL seconds. The time counts from when the one began to beat, and from when the other saw
 it: so the first is over before the second, however long messages take. (Not etcd's own leases: a new leader of etcd

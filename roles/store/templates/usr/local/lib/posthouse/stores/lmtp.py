@@ -3,8 +3,6 @@
 import asyncio
 import re
 
-# Longer ones are nobody's; Postfix sends at most 2,048 octets.
-LINE = 8192
 PIECE = 65536
 
 
