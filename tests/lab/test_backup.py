@@ -18,12 +18,13 @@ from conftest import ARRIVES
 
 from posthouse import run, secrets
 from posthouse.ops.backup import stands
-from posthouse.ops.imap import Message, Session
+from posthouse.ops.imap import Message, Session, literal
 from posthouse.ops.repository import NOTES, Repository
 from posthouse.probe.clients import Imap, Person, Platform, Sieve, Smtp, eventually, letter
 from posthouse.remote import Remote
 
 SENDER = "stranger@example.net"
+NOTE = 'Büro "heute" \\'.encode()  # neither ASCII nor easily quoted
 SCRIPT = 'require "fileinto";\r\nif header :contains "subject" "parcels" { fileinto "Archive"; }\r\n'
 PARCELS = "Päckchen & Co"
 DATE = "17-Jul-2020 02:44:25 +0000"
@@ -79,7 +80,7 @@ def owner(site: Any, platform: Platform, posthouse: Any, own: Any, size: int) ->
         message = letter(SENDER, person.address, "\n.\n" + "ä" * (number % 50), Subject=f"Nr. {number}")
         made.identifiers.append(message.id)
         flags = ("\\Seen", "project-x") if number % 2 else ("\\Flagged",)
-        notes = (("/comment", "value.priv", b"call back"),) if number == 7 else ()
+        notes = (("/comment", "value.priv", NOTE),) if number == 7 else ()
         batch.append((Message(0, "", flags, DATE, len(message.data), notes), message.data.rstrip()))
     session.create('"P&AOQ-ckchen &- Co"')
     session.subscribe('"P&AOQ-ckchen &- Co"')
@@ -88,7 +89,7 @@ def owner(site: Any, platform: Platform, posthouse: Any, own: Any, size: int) ->
         session.add("INBOX", batch[start : min(start + 100, inbox)])
     session.add("P&AOQ-ckchen &- Co", batch[inbox:])
     session.ask("OK", "SETACL", '"P&AOQ-ckchen &- Co"', f'"friend@{site.domain}"', "lrs")
-    session.ask("OK", "SETMETADATA", '"P&AOQ-ckchen &- Co"', '(/private/comment "Christmas")')
+    session.ask("OK", "SETMETADATA", '"P&AOQ-ckchen &- Co"', literal("(/private/comment", NOTE, ")"))
     session.logout()
     sieve = Sieve(platform, person)
     sieve.activate(SCRIPT, "mine")
@@ -197,7 +198,7 @@ def test_message(site, own, posthouse, owner):
     }
     back = _state(own, owner.person)["INBOX"][-1]
     assert back in owner.messages["INBOX"]
-    assert back.annotations == (("/comment", "value.priv", b"call back"),)
+    assert back.annotations == (("/comment", "value.priv", NOTE),)
 
 
 def test_folder(site, own, posthouse, owner, size):
@@ -217,7 +218,7 @@ def test_folder(site, own, posthouse, owner, size):
     assert _same([_lasting(m) for m in back.messages], owner.messages[name])
     assert back.subscribed
     assert back.acl[f"friend@{site.domain}"] == "lrs"
-    assert back.annotations["/private/comment"] == b"Christmas"
+    assert back.annotations["/private/comment"] == NOTE
     assert len(list(session.messages("Back"))) == size // 10
     session.delete("Back")
     session.logout()
@@ -315,8 +316,10 @@ def test_refusals(site, own, posthouse, owner, repository):
     mailbox = ("restore", "mailbox", owner.person.address, "--site", site.name)
     assert "nobody" in _refused(site, "restore", "mailbox", f"nobody@{site.domain}", "--site", site.name)
     assert "<no@where>" in _refused(site, "restore", "message", owner.person.address, "<no@where>", "--site", site.name)
-    message = ("restore", "message", owner.person.address, "‹é@x>", "--site", site.name)
-    assert "a Message-ID is ASCII" in _refused(site, *message)
+    part = owner.identifiers[7].strip("<>")[1:]
+    for written, reason in {"‹é@x>": "not a Message-ID", "": "not a Message-ID", part: part}.items():
+        assert reason in _refused(site, "restore", "message", owner.person.address, written, "--site", site.name)
+    assert "not a name that a folder can have" in _refused(site, *mailbox, "--into", "")
     assert "No-Such" in _refused(site, "restore", "folder", owner.person.address, "No-Such", "--site", site.name)
     assert "no backup is that old" in _refused(site, *mailbox, "--at", "2001-01-01")
     assert "neither a backup nor a time" in _refused(site, *mailbox, "--at", "yesterday")
@@ -375,6 +378,7 @@ def test_directory(site, posthouse, owner):
     """Entries that were changed since go back to what they were, and every account stays on its store"""
     address, other = owner.person.address, f"other.{uuid.uuid4().hex[:6]}@{site.domain}"
     posthouse("account", "alias", address, "--add", other, "--site", site.name)
+    assert f"is an alias of {address}" in _refused(site, "restore", "mailbox", other, "--site", site.name)
     posthouse("account", "suspend", address, "--site", site.name)
     at = ("--at", owner.second["backup"], "--json")
     would = json.loads(posthouse("restore", "directory", site.name, "--check", *at))
