@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from posthouse.mailboxes import ManageSieve, SieveError
 from posthouse.model import Store
 from posthouse.ops import past
-from posthouse.ops.imap import Folder, Message, Session, literal
+from posthouse.ops.imap import Folder, Message, Session, literal, quoted
 from posthouse.ops.repository import BackupError
 from posthouse.secrets import Secrets
 
@@ -163,7 +163,7 @@ def _wanted(session: Session, wanted: Wanted) -> dict[str, Folder] | None:
 
 
 def _act(step: Step, then: Session, live: Session) -> None:
-    name = f'"{step.folder}"'
+    name = quoted(step.folder)
     if step.create is not None:
         try:
             live.ask("OK", "CREATE", name, *([f"(USE ({step.create}))"] if step.create else []))
