@@ -36,8 +36,12 @@ ACCOUNTS = 40
 OUTBOUND = "/etc/postfix-outbound"
 HELD = f"""
 printf 'Subject: held\\n\\nstill\\n' | sendmail -C {OUTBOUND} -f held@lab.test waiting@example.net
-for _ in $(seq 100); do postqueue -c {OUTBOUND} -j | grep -q queue_id && break; sleep 0.1; done
-postsuper -c {OUTBOUND} -h ALL
+for _ in $(seq 100); do
+    postsuper -c {OUTBOUND} -h ALL
+    postqueue -c {OUTBOUND} -j | grep -q '"queue_name": "hold"' && exit
+    sleep 0.1
+done
+exit 1
 """
 
 
@@ -289,7 +293,7 @@ def test_rebalance(own):
                 assert len(imap.messages()) >= 3, person.address
     assert "nothing to do" in own.posthouse("rebalance", OWN)
     assert "no store 's77'" in own.refused("rebalance", OWN, "--empty", "s77")
-    assert "neither accounts nor bytes" in own.refused("rebalance", OWN, "--by", "size")
+    assert "write --by accounts or --by bytes" in own.refused("rebalance", OWN, "--by", "size")
 
 
 @pytest.mark.full
@@ -308,6 +312,7 @@ def test_rebuild(own):
             for message in letters:
                 imap.append("Archive", "", "", message.data)
         eventually(lambda: replicated(nodes, store, letters[-1].id), 120, "replication")
+        own.settled()
     node = store.primary
     assert f"{node}: is alive, and a rebuild wipes its disk" in own.refused("rebuild", node, "--site", OWN)
     lab.kill(OWN, node)

@@ -90,10 +90,12 @@ def test_a_drained_node_gets_nothing_back(site: Site, monkeypatch: pytest.Monkey
     monkeypatch.setattr(failover, "states", lambda *_, **__: have)
     monkeypatch.setattr(failover, "_act", lambda site, remote, step: moved.append(step))
     with pytest.raises(FailoverError, match="s01: mail1 is drained, and gets it back by: posthouse undrain mail1"):
-        failover.failback(site, ["s02", "s01"], remote=cast(Remote, Marked("mail1")))
+        failover.failback(site, ["s01"], remote=cast(Remote, Marked("mail1")))
     assert moved == []
+    failover.failback(site, ["s02", "s01"], remote=cast(Remote, Marked("mail1")))
+    assert [step.store for step in moved] == ["s02"]
     failover.failback(site, ["s02", "s01"], remote=cast(Remote, Marked("lb1")))
-    assert [step.store for step in moved] == ["s02", "s01"]
+    assert [step.store for step in moved] == ["s02", "s02", "s01"]
 
 
 @pytest.mark.parametrize(

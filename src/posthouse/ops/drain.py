@@ -167,7 +167,7 @@ class Drains:
     def _actions(self) -> dict[str, Any]:
         return {
             "pools": lambda step: service.pools(self.site, step.node, "drain", self.wait),
-            "ready": lambda step: service.pools(self.site, step.node, "ready", limit=step.what),
+            "ready": lambda step: service.put_into_pools(self.site, step),
             "vip": self._hand_over,
             "switch": self._switch,
             "queues": self._queues,

@@ -103,9 +103,11 @@ class Session(imaplib.IMAP4_SSL):
 
     def ask(self, name: str, command: str, *arguments: str | bytes) -> list[Item]:
         """The untagged responses `name` to a command, parsed. Raises imaplib.IMAP4.error if it is refused."""
-        self.untagged_responses.pop(name, None)
-        imaplib.Commands.setdefault(command, ("AUTH", "SELECTED"))  # those that imaplib does not know
-        status, data = self._simple_command(command, *arguments)
+        for left in (name, "OK", "NO", "BAD"):
+            self.untagged_responses.pop(left, None)
+        # Not by imaplib's own way, which takes no literal and not every command.
+        words = [word if isinstance(word, bytes) else word.encode("ascii") for word in arguments]
+        status, data = self._sent(command, b" ".join([command.encode(), *words]))
         if status != "OK":
             asked = " ".join(a if isinstance(a, str) else a.decode(errors="replace") for a in arguments)
             raise self.error(f"{command} {asked}: {data[-1].decode(errors='replace')}")
@@ -155,14 +157,14 @@ class Session(imaplib.IMAP4_SSL):
     def having(self, folder: str, identifier: str) -> list[int]:
         """UIDs of the messages with a Message-ID, with or without its brackets."""
         self._enter(folder)
-        bare = identifier.strip(" <>")
+        bare = identifier.strip("<>").encode()
         # Whatever has it somewhere in its own, such as 11@example.net for 1@example.net.
-        uids = self.ask("SEARCH", "UID", "SEARCH", "HEADER", "Message-ID", quoted(bare))
+        uids = self.ask("SEARCH", "UID", "SEARCH", "HEADER", "Message-ID", quoted(bare.decode()))
         if not uids:
             return []
         found = self.ask("FETCH", "UID", "FETCH", b",".join(uids), "(UID ENVELOPE)")
         entries = [pairs(entry) for entry in found[1::2]]
-        return [int(entry["UID"]) for entry in entries if entry["ENVELOPE"][9].strip(b" <>") == bare.encode()]
+        return [int(entry["UID"]) for entry in entries if bare in _identifiers(entry["ENVELOPE"][9])]
 
     def bodies(self, folder: str, messages: list[Message]) -> Iterator[list[tuple[Message, bytes]]]:
         """The messages with all of their bytes, in batches that fit into memory."""
@@ -175,17 +177,21 @@ class Session(imaplib.IMAP4_SSL):
 
     def add(self, folder: str, batch: list[tuple[Message, bytes]]) -> None:
         """Appends messages with flags, dates and annotations, all or none."""
-        tag = self._new_tag()
-        self.tagged_commands[tag] = None
-        parts = [tag, f" APPEND {quoted(folder)}".encode()]
+        parts = [f"APPEND {quoted(folder)}".encode()]
         for message, text in batch:
             parts.append(f' ({" ".join(message.flags)}) "{message.date}" {{{len(text)}+}}\r\n'.encode() + text)
-        self.send(b"".join(parts) + b"\r\n")
-        status, data = self._command_complete("APPEND", tag)
+        status, data = self._sent("APPEND", b"".join(parts))
         if status != "OK":
             raise self.error(f"{folder}: {data[-1].decode(errors='replace')}")
         if any(message.annotations for message, _ in batch):
             self._annotate(folder, batch, data[-1])
+
+    def _sent(self, command: str, line: bytes) -> tuple[str, list[Any]]:
+        tag = self._new_tag()
+        self.tagged_commands[tag] = None
+        self.send(tag + b" " + line + b"\r\n")
+        done: tuple[str, list[Any]] = self._command_complete(command, tag)
+        return done
 
     def _enter(self, folder: str, readonly: bool = True) -> None:
         status, data = self.select(quoted(folder), readonly)
@@ -226,6 +232,11 @@ def numbers(text: str) -> list[int]:
         first, _, last = part.partition(":")
         found += range(int(first), int(last or first) + 1)
     return found
+
+
+def _identifiers(value: bytes) -> list[bytes]:
+    """Message-IDs in a header's value: what is in brackets, perhaps with a comment beside it, or all of it."""
+    return [value.strip().strip(b"<>"), *re.findall(rb"<([^<>]*)>", value)]
 
 
 def _notes(items: list[Item]) -> Iterator[tuple[str, str, bytes]]:

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from posthouse.model import Site
-from posthouse.remote import Remote
+from posthouse.ops.steps import Refused
+from posthouse.remote import Remote, RemoteError
 
 # The Postfix instances of each tier: where their configuration is.
 INSTANCES = {"mx": "/etc/postfix", "submission": "/etc/postfix-submission", "outbound": "/etc/postfix-outbound"}
@@ -38,13 +39,20 @@ def instances(site: Site, node: str) -> dict[str, str]:
 
 
 def waiting(remote: Remote, node: str, conf: str) -> list[dict[str, Any]]:
-    """What is in an instance's queue, as postqueue says it."""
-    return [json.loads(line) for line in remote.run(node, f"postqueue -c {conf} -j").splitlines()]
+    """What is in an instance's queue, as postqueue says it; nothing where the instance was never set up."""
+    printed = remote.run(node, f"test ! -e {conf}/main.cf || postqueue -c {conf} -j")
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def left(site: Site, remote: Remote, node: str) -> int:
-    """How many messages are in a node's queues, in whatever state."""
-    return sum(len(waiting(remote, node, conf)) for conf in instances(site, node).values())
+    """How many messages are in a node's queues, in whatever state. Raises Refused if it cannot say."""
+    try:
+        return sum(len(waiting(remote, node, conf)) for conf in instances(site, node).values())
+    except RemoteError as error:
+        raise Refused(
+            f"{node}: does not say what waits in its queues ({error}); mend that, or switch it off if that may be "
+            "lost, and run this again; nothing was changed"
+        ) from None
 
 
 def flush(site: Site, remote: Remote, node: str, seconds: float) -> int:

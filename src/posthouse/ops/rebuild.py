@@ -74,8 +74,9 @@ def plan(site: Site, have: State, node: str, sizes: dict[str, int], waiting: int
         )
     if waiting:
         raise Refused(
-            f"{node}: {waiting} message(s) wait in its queues, and would be lost with its disk; deliver them, release "
-            "those on hold (postsuper -H) or delete them there; nothing was changed"
+            f"{node}: {waiting} message(s) wait in its queues, and would be lost with its disk; release those on hold "
+            f"(postsuper -H) or delete them there, then hand on the rest: posthouse undrain {node}, posthouse drain "
+            f"{node} --site {site.name}; nothing was changed"
         )
     if not site.lab and node not in have.answers:
         raise Refused(
@@ -96,7 +97,8 @@ def plan(site: Site, have: State, node: str, sizes: dict[str, int], waiting: int
             )
     sources = holders(site, have, node)
     for name, source in sources.items():
-        if node in have.deployed and (name, source) in have.late:
+        # Who serves lacks nothing, whatever a former primary has noted.
+        if node in have.deployed and have.primaries.get(name) != source and (name, source) in have.late:
             raise Refused(
                 f"{name}: {source} lacks some of what {node} has; wait until it has everything, or where it never "
                 f"will, switch {node} off: what {source} has comes back then; nothing was changed"
@@ -160,10 +162,12 @@ def rebuild(site: Site, node: str, check: bool = False, measure: bool = False) -
         image.build(site, site.nodes[node].klass)  # from here on this process is in the lab's network
     remote = Remote(site)
     have = state.read(site, remote)
-    need_complete(site, have, node, failover.states(site, remote) if stores_of(site, node) else {})
     sources = holders(site, have, node)
     waiting = queues.left(site, remote, node) if node in have.deployed else 0
     sizes = {name: spool.sizes(remote, source, [name])[name] for name, source in sources.items()}
+    steps = plan(site, have, node, sizes, waiting)
+    if stores_of(site, node):
+        need_complete(site, have, node, failover.states(site, remote))
     copies: dict[str, Any] = {}
 
     def machine(step: Step) -> str:
@@ -181,7 +185,7 @@ def rebuild(site: Site, node: str, check: bool = False, measure: bool = False) -
 
     def ready(step: Step) -> str:
         state.unmark(remote, step.node)
-        return service.pools(site, step.node, "ready", limit=step.what) if service.pooled(site, step.node) else ""
+        return service.put_into_pools(site, step)
 
     def serve(step: Step) -> str:
         service.await_service(site, remote, step.node)
@@ -189,7 +193,7 @@ def rebuild(site: Site, node: str, check: bool = False, measure: bool = False) -
 
     report = carry_out(
         f"rebuild {node}",
-        plan(site, have, node, sizes, waiting),
+        steps,
         {
             "machine": machine,
             "copy": copy,

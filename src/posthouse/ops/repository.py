@@ -78,7 +78,10 @@ class Repository:
         Also where no folder can be made.
         """
         if self.place.startswith("/"):
-            there = next(path for path in (Path(self.place), *Path(self.place).parents) if path.exists())
+            try:
+                there = next(path for path in (Path(self.place), *Path(self.place).parents) if path.exists())
+            except OSError as error:
+                raise self._no_folder(f"{error.filename}: {error.strerror}") from None
             if not (there.is_dir() and os.access(there, os.W_OK)):
                 raise self._no_folder(f"{there} is no folder that can be written to")
         if self._note.is_file() and self._note.read_text().strip() == self.place:

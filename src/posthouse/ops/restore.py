@@ -88,7 +88,7 @@ def mail(
 ) -> Restored:
     """Brings an account's mail back from the newest backup that has what is wanted. Raises BackupError, StoreError."""
     address = own(site, address)
-    if wanted.identifier is not None and not re.fullmatch(r"\s*<?[\x21-\x3b=\x3f-\x7e]+>?\s*", wanted.identifier):
+    if wanted.identifier is not None and not re.fullmatch(r"<?[\x21-\x3b=\x3f-\x7e]+>?", wanted.identifier):
         raise BackupError(
             f"message {wanted.identifier!r}: not a Message-ID, which is ASCII and like <1@example.net>; copy it out "
             "of the message's header; nothing was changed"

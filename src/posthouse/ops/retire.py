@@ -125,10 +125,13 @@ def retire(site: Site, node: str, check: bool = False, wait: int = 60) -> dict[s
     steps = plan(site, state.read(site, remote), node, lacking(site, remote), cluster)
 
     def off(step: Step) -> str:
+        # What was on its way when the others were handed on.
+        able = state.read(site, remote)
+        queues.move(site, remote, step.node, sorted(able.answers - able.drained - {step.node}))
         if left := queues.left(site, remote, step.node):
             raise Stopped(
-                f"{left} message(s) still wait in its queues, and would be lost with its disk: deliver them, release "
-                "those on hold (postsuper -H) or delete them there, then run this again"
+                f"{left} message(s) still wait in its queues, and would be lost with its disk: release those on hold "
+                "(postsuper -H) or delete them there, then run this again"
             )
         if site.lab:
             lab.wipe(site.name, step.node)

@@ -53,17 +53,18 @@ def pools(site: Site, node: str, wanted: str, wait: int = 60, limit: str | None 
 
 
 def ready(site: Site, have: state.State, node: str) -> Step:
-    """The step that puts a node into the pools of the balancers that answer; those that do not are named.
-
-    Raises Refused if none does.
-    """
+    """The step that puts a node into the pools of the balancers that answer; those that do not are named."""
     balancers = [lb.name for lb in site.groups["lb"]]
     told = [name for name in balancers if name in have.answers or name == node]
-    if not told and pooled(site, node):
-        state.need_answers(site, have, balancers)
     silent = [name for name in balancers if name not in told]
-    rest = f"; {', '.join(silent)} does not answer: once it does, posthouse undrain {node} tells it" if silent else ""
+    later = f"posthouse undrain {node} --site {site.name}"
+    rest = f"; {' and '.join(silent)} cannot be told now: run {later} once that is back" if silent else ""
     return Step("ready", node, f"put it into the balancers' pools{rest}", ",".join(told))
+
+
+def put_into_pools(site: Site, step: Step) -> str:
+    """Does what `ready` has planned."""
+    return pools(site, step.node, "ready", limit=step.what) if step.what and pooled(site, step.node) else ""
 
 
 def pooled(site: Site, node: str) -> bool:
