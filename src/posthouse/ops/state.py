@@ -118,7 +118,7 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
                 carries.add((rest[0].split("/")[3], node))
             elif word == "late":
                 _, _, _, store, _, _, peer, *_ = rest[0].split("/")
-                late.add((store, peer))
+                late.add((store, peer, node))
     return State(
         answers=frozenset(node for node, text in answers.items() if text is not None),
         deployed=frozenset(flags["deployed"]),
@@ -126,7 +126,8 @@ def parse(site: Site, answers: dict[str, str | None]) -> State:
         upgrading=frozenset(flags["upgrading"]),
         primaries=primaries,
         carries=frozenset(carries),
-        late=frozenset(late),
+        # What a former primary has noted, nobody will ever tell: who serves now is another.
+        late=frozenset((store, peer) for store, peer, node in late if primaries.get(store, node) == node),
         vip=holder,
         pools=pools,
         free=free,
