@@ -10,7 +10,7 @@ from posthouse.ops import failover, rebuild
 from posthouse.ops.failover import FailoverError, State, Step, plan
 from posthouse.ops.state import State as NodesState
 from posthouse.ops.steps import Refused
-from posthouse.remote import Remote
+from posthouse.remote import Remote, RemoteError
 from posthouse.sitefile import parse
 
 WELL = {
@@ -81,7 +81,9 @@ class Marked:
         self.drained = drained
 
     def run(self, node: str, command: str, **_: object) -> str:
-        return "yes\n" if node in self.drained else ""
+        if node not in self.drained:
+            raise RemoteError(node, 1, "")
+        return ""
 
 
 def test_a_drained_node_gets_nothing_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

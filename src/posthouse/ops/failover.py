@@ -158,9 +158,11 @@ def failback(site: Site, stores: Iterable[str], check: bool = False, remote: Rem
 
 
 def _drained(remote: Remote, node: str) -> bool:
-    with contextlib.suppress(RemoteError):  # whoever hands it a store will say so
-        return bool(remote.run(node, f"test -e {MARK} && echo yes || true", timeout=30).strip())
-    return False
+    try:
+        remote.run(node, f"test -e {MARK}", timeout=30)
+    except RemoteError:  # also where it does not answer: whoever hands it a store will say so
+        return False
+    return True
 
 
 def _act(site: Site, remote: Remote, step: Step) -> None:
